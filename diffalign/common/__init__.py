@@ -1,0 +1,1 @@
+"""What every room uses: errors, plug-ins, files, manifests, keyed draws, progress, recipes, statistics."""
