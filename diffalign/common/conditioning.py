@@ -44,7 +44,7 @@ class Conditioning(Mapping[str, torch.Tensor]):
         return int(next(iter(self._tensors.values())).shape[0])
 
     def rows(self, index: slice | torch.Tensor | Sequence[int]) -> Conditioning:
-        """Returns the rows that a slice, an int64 (or bool `[B]`) tensor or a list of ints selects, in order."""
+        """Returns the rows that a slice, an int64 (or bool `[B]`) tensor or a list of ints selects."""
         if isinstance(index, slice):
             return Conditioning({name: tensor[index] for name, tensor in self.items()})
         chosen = torch.as_tensor(index)

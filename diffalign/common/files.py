@@ -91,7 +91,7 @@ def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def trim_torn_tail(path: str | Path) -> int:
     """Cuts an unfinished last line (one without line end) off a jsonl file; returns the bytes removed.
 
-    A missing file is fine (0). Afterwards the file holds exactly what `read_jsonl(drop_torn_tail=True)` reads.
+    A missing file is fine (0). Afterwards the file holds what `read_jsonl(drop_torn_tail=True)` reads.
     """
     target = Path(path)
     if not target.exists():
