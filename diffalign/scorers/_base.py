@@ -1,0 +1,193 @@
+"""The contract of every scorer: pictures (and what they should show) in, one number per picture out.
+
+A plug-in is a dataclass `Plugin(Scorer)`: its fields are its options, `load` brings in weights,
+`_score_batch` does the work on one checked batch. Checking, batching and shapes live here, so that no
+scorer can differ in them.
+
+Nothing heavy is imported with this module: constructing a plug-in to check its options must stay cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from diffalign.common.errors import UserError
+from diffalign.common.plugins import plugin_name
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    Images = list[Image.Image] | torch.Tensor
+    """Pictures of one call: a list of PIL pictures of any size, or a float tensor [B, 3, H, W] in [0, 1]."""
+
+RANGE_SLACK = 1e-3
+"""How far a tensor may leave [0, 1] and still be taken as a picture: rounding of bfloat16 and resizing."""
+
+
+@dataclass
+class Scores:
+    """What a scorer says about B pictures.
+
+    Attributes:
+        values: float32 [B], on the scorer's own scale; NaN where the picture could not be judged.
+        parts: named sub-scores, each float32 [B]; NaN where a part does not apply.
+        maps: named pictures of where (heat maps), each [B, H, W].
+        errors: per picture None, or one line saying why its value is NaN.
+    """
+
+    values: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    errors: list[str | None] = field(default_factory=list)
+
+    @classmethod
+    def cat(cls, batches: Sequence[Scores]) -> Scores:
+        """Returns the batches as one, in order; a part that a batch lacks is NaN there."""
+        import torch
+
+        def joined(name: str) -> torch.Tensor:
+            columns = [
+                b.parts[name] if name in b.parts else torch.full_like(b.values, torch.nan) for b in batches
+            ]
+            return torch.cat(columns)
+
+        names = dict.fromkeys(name for b in batches for name in b.parts)
+        maps = dict.fromkeys(name for b in batches for name in b.maps)
+        return cls(
+            values=torch.cat([b.values for b in batches]) if batches else torch.zeros(0),
+            parts={name: joined(name) for name in names},
+            maps={name: torch.cat([b.maps[name] for b in batches]) for name in maps},
+            errors=[error for b in batches for error in b.errors],
+        )
+
+
+class Scorer:
+    """Base of every scorer plug-in.
+
+    Class attributes say what a scorer is before any weight is loaded:
+        needs: what a call must bring beside pictures: a subset of {"prompts", "context"}.
+        higher_is_better: False for distances and complaints.
+        differentiable: a gradient reaches pictures (a tensor that asks for one), never the weights.
+        media: "image".
+    Attributes of an instance:
+        scale: name of the scale of its values, one of those in the plug-in's docstring.
+        version: which code and weights give the values; numbers of two versions are not comparable.
+        batch_size: pictures judged at a time; it changes speed and memory, never a value.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    higher_is_better: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = False
+    media: ClassVar[str] = "image"
+
+    scale: str
+    version: str = "1"
+    batch_size: int = 32
+
+    def load(self, device: str = "cpu") -> Self:
+        """Returns this scorer, ready to score on `device`; a scorer with weights reads them here."""
+        return self
+
+    def modules(self) -> list[torch.nn.Module]:
+        """Returns the networks of a loaded scorer: frozen, in evaluation mode."""
+        return []
+
+    def _score_batch(
+        self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None
+    ) -> Scores:
+        """Returns the scores of one checked batch; what the scorer needs is there."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        images: Images,
+        prompts: Sequence[str] | None = None,
+        *,
+        context: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Scores:
+        """Returns values float32 [B] with parts, maps and errors.
+
+        Args:
+            images: list of PIL pictures (any mode and size, read as RGB), or a float tensor
+                [B, 3, H, W] in [0, 1].
+            prompts: one text per picture.
+            context: one mapping per picture (object clauses, reference picture, user, group).
+
+        Raises:
+            UserError: pictures of another kind or range, lengths that differ, or a need that was not brought.
+        """
+        import torch
+
+        name = plugin_name(self)
+        check_images(images, name)
+        texts = self._checked("prompts", prompts, len(images), name)
+        contexts = self._checked("context", context, len(images), name)
+        wants_gradient = self.differentiable and isinstance(images, torch.Tensor) and images.requires_grad
+        batches = []
+        with torch.set_grad_enabled(wants_gradient and torch.is_grad_enabled()):
+            for start in range(0, len(images), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                batch = self._score_batch(images[rows], texts and texts[rows], contexts and contexts[rows])
+                batch.values = batch.values.float().reshape(-1)
+                batch.errors = batch.errors or [None] * len(batch.values)
+                batches.append(batch)
+        return Scores.cat(batches)
+
+    def __call__(
+        self,
+        images: Images,
+        prompts: Sequence[str] | None = None,
+        *,
+        context: Sequence[Mapping[str, Any]] | None = None,
+    ) -> torch.Tensor:
+        """Returns the values alone, float32 [B]; arguments and errors as in `score`."""
+        return self.score(images, prompts, context=context).values
+
+    def _checked(self, what: str, given: Sequence[Any] | None, count: int, name: str) -> list[Any] | None:
+        """Returns the given prompts or contexts as a list of `count` items, None where none were given."""
+        if given is None:
+            if what in self.needs:
+                raise UserError(f"scorer {name} needs {what}: pass {what}=, one per picture")
+            return None
+        kind: type = str if what == "prompts" else Mapping
+        if isinstance(given, (str, Mapping)) or not all(isinstance(item, kind) for item in given):
+            raise UserError(f"scorer {name}: {what} must be a list of {kind.__name__}, one per picture")
+        if len(given) != count:
+            raise UserError(f"scorer {name}: {count} pictures but {len(given)} {what}: pass one per picture")
+        return list(given)
+
+
+def check_images(images: Any, name: str) -> None:
+    """Checks that `images` are what every scorer takes; `name` is the scorer that the error line names.
+
+    Raises:
+        UserError: not a list of PIL pictures, nor a float tensor [B, 3, H, W] with values in [0, 1].
+    """
+    import torch
+    from PIL import Image
+
+    wanted = "a list of PIL pictures or a float tensor [B, 3, H, W] in [0, 1]"
+    if isinstance(images, torch.Tensor):
+        if not images.is_floating_point():
+            raise UserError(
+                f"scorer {name}: images is a tensor of {images.dtype}: divide by 255 to get {wanted}"
+            )
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"scorer {name}: images has shape {list(images.shape)}: pass {wanted}")
+        if images.numel() == 0:
+            return
+        low, high = images.detach().amin().item(), images.detach().amax().item()
+        # Written so that NaN, which compares false with everything, is refused too.
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            raise UserError(
+                f"scorer {name}: images span [{low:.3g}, {high:.3g}], not [0, 1]: rescale and clamp them"
+            )
+        return
+    if not isinstance(images, list):
+        raise UserError(f"scorer {name}: images is a {type(images).__name__}: pass {wanted}")
+    for index, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise UserError(f"scorer {name}: images[{index}] is a {type(image).__name__}: pass {wanted}")

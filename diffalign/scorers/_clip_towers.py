@@ -1,0 +1,334 @@
+"""CLIP weights from any public layout behind one pair of functions: pictures -> features, texts -> features.
+
+Layouts, told apart by their files:
+    open_clip folder      open_clip_config.json + open_clip_*.safetensors (or .bin) (+ tokenizer files)
+    transformers folder   config.json of a CLIPModel + model.safetensors (+ tokenizer and preprocessor files)
+    hub id                a repository of either layout (with both: open_clip)
+    one weight file       open_clip state dict, bare or under `state_dict`; needs the architecture's name
+    OpenAI's archive      TorchScript .pt; says its own architecture
+    open_clip tag         `openai`, `laion2b_s32b_b79k`, ...; needs the architecture's name
+
+Convention: QuickGELU is x * sigmoid(1.702 x), and weights trained with it are wrong under GELU. OpenAI's
+archives always use it, an open_clip folder says so in its config, a transformers folder in `hidden_act`, a
+tag in open_clip's table; for a bare weight file the architecture's name decides (`ViT-L-14-quickgelu`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from diffalign.common import files
+from diffalign.common.errors import UserError, unknown
+from diffalign.scorers._clip_pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_*"
+
+
+@dataclass
+class Towers:
+    """Both towers of a CLIP model, frozen, in evaluation mode.
+
+    Attributes:
+        module: the model itself.
+        name: where the weights came from, for messages and versions.
+        identity: what identifies the weights' content (a hash, or a hub revision).
+        scale, bias: the model's own logits are `scale * cosine + bias`.
+    """
+
+    module: torch.nn.Module
+    preprocess: Preprocess
+    encode_images: Callable[[torch.Tensor], torch.Tensor]
+    encode_texts: Callable[[list[str]], torch.Tensor]
+    name: str
+    identity: str
+    scale: float
+    bias: float
+    device: str
+
+    def images(self, images: list[Image.Image] | torch.Tensor) -> torch.Tensor:
+        """Returns L2-normalised features float32 [B, d] of pictures."""
+        return F.normalize(self.encode_images(self.preprocess(images).to(self.device)).float(), dim=-1)
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Returns L2-normalised features float32 [B, d] of texts."""
+        return F.normalize(self.encode_texts(texts).float(), dim=-1)
+
+
+def open_towers(
+    path: str, *, arch: str | None = None, revision: str | None = None, device: str = "cpu"
+) -> Towers:
+    """Returns the towers found at `path`, on `device`, in float32.
+
+    Args:
+        path: folder, weight file, hub id, or (with `arch`) one of open_clip's tags.
+        arch: open_clip's name of the architecture, for weights that do not say it themselves.
+        revision: of a hub id.
+
+    Raises:
+        UserError: nothing usable is at `path`, or weights and architecture do not fit.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        towers = _from_folder(place, arch, identity="")
+    elif place.is_file():
+        towers = _from_file(place, arch)
+    elif arch is not None and path in _tags(arch):
+        towers = _from_tag(path, arch)
+    elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and place.suffix != ".safetensors":
+        folder = _from_hub(path, revision)
+        towers = _from_folder(folder, arch, identity=f"hub:{folder.name[:12]}")
+        towers.name = path
+    else:
+        tags = (
+            f", or one of the {arch} tags {', '.join(_tags(arch))}"
+            if arch is not None and _tags(arch)
+            else ""
+        )
+        raise UserError(
+            f"clip weights '{path}' do not exist: give a folder, a weight file, a hub id (org/name){tags}"
+        )
+    towers.module.requires_grad_(False).eval().to(device)
+    towers.device = device
+    return towers
+
+
+def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
+    """Returns the towers of a folder of either layout."""
+    open_clip_weights = sorted(folder.glob(f"{OPEN_CLIP_WEIGHTS}.safetensors")) + sorted(
+        path for suffix in ("bin", "pt", "pth") for path in folder.glob(f"{OPEN_CLIP_WEIGHTS}.{suffix}")
+    )
+    has_config = (folder / "config.json").is_file()
+    if (folder / OPEN_CLIP_CONFIG).is_file() and (open_clip_weights or not has_config):
+        if not open_clip_weights:
+            raise UserError(
+                f"{folder} has {OPEN_CLIP_CONFIG} but no weights: put open_clip_model.safetensors there"
+            )
+        if arch is not None:
+            raise UserError(
+                f"clip arch={arch} with {folder}: its {OPEN_CLIP_CONFIG} already says it, leave arch out"
+            )
+        return _open_clip_folder(
+            folder, identity or content_of(folder / OPEN_CLIP_CONFIG, open_clip_weights[0])
+        )
+    if has_config:
+        from diffalign.scorers._clip_transformers import transformers_folder
+
+        if arch is not None:
+            raise UserError(
+                f"clip arch={arch} with {folder}: its config.json already says it, leave arch out"
+            )
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+        if not weights:
+            raise UserError(f"{folder} has config.json but no weights: put model.safetensors there")
+        return transformers_folder(folder, identity or content_of(folder / "config.json", weights[0]))
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{folder} holds no CLIP model (found: {found}): it needs {OPEN_CLIP_CONFIG} with "
+        "open_clip_model.safetensors, or config.json with model.safetensors"
+    )
+
+
+def _open_clip_folder(folder: Path, identity: str) -> Towers:
+    """Returns the towers of a folder in open_clip's checkpoint layout."""
+    config = files.read_json(folder / OPEN_CLIP_CONFIG)
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise UserError(f"{folder / OPEN_CLIP_CONFIG} has no model_cfg: it is no open_clip checkpoint")
+    return _build_open_clip(f"local-dir:{folder}", name=folder.name, identity=identity)
+
+
+def _from_tag(tag: str, arch: str) -> Towers:
+    """Returns the towers of one of open_clip's tags, with the activation that it was trained with."""
+    return _build_open_clip(
+        arch, pretrained=tag, quick_gelu=tag_uses_quick_gelu(arch, tag), name=f"{arch}/{tag}", identity=tag
+    )
+
+
+def tag_uses_quick_gelu(arch: str, tag: str) -> bool:
+    """Returns whether the weights of an open_clip tag were trained with QuickGELU.
+
+    open_clip itself builds `ViT-L-14` + `openai` with GELU and only warns, unless it is told.
+    """
+    import open_clip
+
+    return bool(open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False))
+
+
+def _from_file(path: Path, arch: str | None) -> Towers:
+    """Returns the towers of one weight file."""
+    if _is_torchscript(path):
+        return _openai_archive(path)
+    if arch is None:
+        raise UserError(
+            f"clip weights {path} do not say their architecture: give arch=, for example arch=ViT-H-14"
+        )
+    import open_clip
+
+    if arch not in open_clip.list_models():
+        raise unknown("open_clip architecture", arch, open_clip.list_models())
+    return _build_open_clip(arch, pretrained=str(path), name=f"{arch}/{path.stem}", identity=content_of(path))
+
+
+def _build_open_clip(
+    model_name: str, *, name: str, identity: str, pretrained: str | None = None, quick_gelu: bool = False
+) -> Towers:
+    """Returns towers built by open_clip from its own name of a model."""
+    import open_clip
+
+    with _quiet():
+        try:
+            model = open_clip.create_model(
+                model_name,
+                pretrained,
+                force_quick_gelu=quick_gelu,
+                require_pretrained=True,
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(model_name)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"clip weights {name} are a pickled program, not tensors, and are not opened: "
+                "convert them to safetensors"
+            ) from error
+        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"clip weights {name} do not load: {short(error)}") from error
+    return _open_clip_towers(model, tokenizer, name, identity)
+
+
+def _openai_archive(path: Path) -> Towers:
+    """Returns the towers of an OpenAI archive; its tensors say the architecture (with QuickGELU)."""
+    import open_clip
+
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch.jit.load: the published files have no other reader
+        try:
+            model = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{path} is no CLIP archive of OpenAI's: {short(error)}") from error
+    return _open_clip_towers(model, open_clip.get_tokenizer("ViT-B-32"), path.stem, content_of(path))
+
+
+def _open_clip_towers(model: Any, tokenizer: Any, name: str, identity: str) -> Towers:
+    """Returns an open_clip model and tokenizer as towers."""
+    settings = dict(getattr(model.visual, "preprocess_cfg", {}))
+    size = settings.get("size", model.visual.image_size)
+    preprocess = Preprocess(
+        size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[-1])),
+        mean=tuple(settings.get("mean", OPENAI_MEAN)),
+        std=tuple(settings.get("std", OPENAI_STD)),
+        resize=settings.get("resize_mode", "shortest"),
+        # open_clip reads "random" as bicubic outside training.
+        interpolation="bilinear" if settings.get("interpolation") == "bilinear" else "bicubic",
+        fill=settings.get("fill_color", 0),
+    )
+    context_length = int(getattr(model, "context_length", None) or tokenizer.context_length)
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None and getattr(model, "text_pool_type", None) == "argmax":
+        check_end_token(tokenizer(["a"], context_length)[0], inner.eos_token_id, name)
+
+    def encode_texts(texts: list[str]) -> torch.Tensor:
+        return model.encode_text(tokenizer(texts, context_length).to(model.logit_scale.device))
+
+    bias = getattr(model, "logit_bias", None)
+    return Towers(
+        module=model,
+        preprocess=preprocess,
+        encode_images=model.encode_image,
+        encode_texts=encode_texts,
+        name=name,
+        identity=identity,
+        scale=model.logit_scale.detach().exp().item(),
+        bias=0.0 if bias is None else bias.detach().item(),
+        device="cpu",
+    )
+
+
+def check_end_token(ids: torch.Tensor, end: int | None, name: str) -> None:
+    """Checks that the largest token id of a text is its end token, where a text tower looks for its feature.
+
+    Raises:
+        UserError: another token has the largest id, so that the feature would be read at the wrong place.
+    """
+    largest = int(ids.max())
+    if end is not None and largest != end:
+        raise UserError(
+            f"clip weights {name} read the text's feature at the largest token id ({largest}), but the end "
+            f"token is {end}: set the end token's id in the model's config, or give the end token the largest id"
+        )
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    """Returns the local snapshot of a hub repository, downloading the files of one layout only."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        listing = HfApi().list_repo_files(repo, revision=revision)
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        try:
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise UserError(
+                f"clip weights '{repo}' are no local folder and the hub does not give them: {short(error)}"
+            ) from error
+    stems = (
+        ["open_clip_model", "open_clip_pytorch_model"]
+        if OPEN_CLIP_CONFIG in listing
+        else ["model", "pytorch_model"]
+    )
+    suffixes = ["safetensors"] if any(f"{stem}.safetensors" in listing for stem in stems) else ["bin"]
+    weights = [f"{stem}.{suffix}" for stem in stems for suffix in suffixes]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.txt", *weights]))
+
+
+def _tags(arch: str) -> list[str]:
+    """Returns open_clip's tags of an architecture (none for an unknown one)."""
+    import open_clip
+
+    return list(open_clip.list_pretrained_tags_by_model(arch))
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Returns whether a file is a TorchScript archive (they carry code beside the tensors)."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def content_of(*paths: Path) -> str:
+    """Returns a short name of the content of some files (12 hex digits)."""
+    identities = [files.file_identity(path) for path in paths]
+    return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def short(error: BaseException) -> str:
+    """Returns an error's message as one line of bearable length (a state dict's mismatch lists every key)."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences open_clip's notes on the root logger; what matters of them is checked here."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
