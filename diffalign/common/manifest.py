@@ -68,7 +68,7 @@ def write_manifest(
         "seed": seed,
         "counts": dict(counts or {}),
         "dropped": {reason: list(ids) for reason, ids in (dropped or {}).items()},
-        "inputs": {name: _input_identity(source) for name, source in (inputs or {}).items()},
+        "inputs": identities(inputs or {}),
         "versions": versions(),
     }
     overlap = sorted(set(content) & set(extra or {}))
@@ -107,6 +107,11 @@ def recipe_identity(recipe: Mapping[str, Any]) -> str:
     """Returns the sha256 of the recipe's canonical JSON: equal recipes agree whatever their key order."""
     canonical = json.dumps(files.to_plain(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def identities(inputs: Mapping[str, Path | str]) -> dict[str, dict[str, Any]]:
+    """Returns, for each input, its path with the identity of its content; a text that is no path is kept as it is."""
+    return {name: _input_identity(source) for name, source in inputs.items()}
 
 
 def _input_identity(source: Path | str) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""How pictures of any size become tensors of a few sizes: aspect-ratio buckets, one crop fraction, one flip a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.common import draws
+from diffalign.common.errors import UserError, unknown
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+@dataclass
+class PreprocessSpec:
+    """How pictures are fitted to the network.
+
+    Args:
+        resolution: pixels; buckets have about its square as area; null: the base's own.
+        buckets: "aspect" keeps the aspect ratio of a group as well as a bucket can, "square" crops to a square.
+        crop: "center", or "random" with one fraction a group.
+        flip: mirror half of the groups, both images alike; wrong for prompts that say left or right.
+        size_conditioning: "target" tells the network the bucket's size for every image; "per_image" the picture's own
+            size and crop, for SFT only: in a preference pair it would let the size give the label away.
+        batch_size: pictures encoded at once.
+        memory_limit_gb: refuse to keep more than this in memory.
+    """
+
+    resolution: int | None = None
+    buckets: Literal["aspect", "square"] = "aspect"
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    size_conditioning: Literal["target", "per_image"] = "target"
+    batch_size: int = 8
+    memory_limit_gb: float = 16.0
+
+    def __post_init__(self) -> None:
+        for key, value, known in (
+            ("buckets", self.buckets, ("aspect", "square")),
+            ("crop", self.crop, ("center", "random")),
+            ("size_conditioning", self.size_conditioning, ("target", "per_image")),
+        ):
+            if value not in known:
+                raise unknown(f"preprocess.{key}", value, known)
+        if self.batch_size < 1:
+            raise UserError(f"preprocess.batch_size is {self.batch_size}: use 1 or more")
+        if self.resolution is not None and self.resolution < 1:
+            raise UserError(f"preprocess.resolution is {self.resolution}: use a number of pixels")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where every image of one group is cut.
+
+    Args:
+        size: the bucket, (height, width) in pixels.
+        crop: fractions in [0, 1] of the overhang that is cut off at the top and at the left.
+        flip: mirror left to right.
+    """
+
+    size: Size
+    crop: tuple[float, float]
+    flip: bool
+
+
+def bucket_sizes(resolution: int, multiple: int, kind: str) -> list[Size]:
+    """Sizes with sides that are multiples of `multiple` and an area of at most about `resolution` squared.
+
+    Aspect ratios go from 1:2 to 2:1, as in SDXL's training (Podell et al. 2023, arXiv 2307.01952, appendix I).
+    """
+    if resolution % multiple:
+        raise UserError(f"preprocess.resolution is {resolution}: use a multiple of {multiple} for this base")
+    if kind == "square":
+        return [(resolution, resolution)]
+    shortest = math.ceil(resolution / math.sqrt(2) / multiple) * multiple
+    sizes = {(resolution, resolution)}
+    for short in range(shortest, resolution, multiple):
+        long = int(resolution * resolution / short / multiple) * multiple
+        sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def place(images: Sequence[Image.Image], sizes: Sequence[Size], spec: PreprocessSpec, *key: int | str) -> Placement:
+    """The placement of a group: the bucket nearest to its mean log aspect, crop and flip drawn from `key`."""
+    log_aspect = sum(math.log(image.width / image.height) for image in images) / len(images)
+    size = min(sizes, key=lambda hw: (abs(math.log(hw[1] / hw[0]) - log_aspect), hw))
+    crop = (0.5, 0.5)
+    if spec.crop == "random":
+        crop = (draws.uniform("crop-top", *key), draws.uniform("crop-left", *key))
+    return Placement(size, crop, spec.flip and draws.uniform("flip", *key) < 0.5)
+
+
+def fit(image: Image.Image, placement: Placement) -> tuple[Tensor, tuple[int, int]]:
+    """`([3, H, W] float32 in [0, 1], (top, left))`: resized to cover the bucket, then cropped; aspect ratio kept."""
+    height, width = placement.size
+    scale = max(height / image.height, width / image.width)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling.BICUBIC)
+    top = round(placement.crop[0] * (image.height - height))
+    left = round(placement.crop[1] * (image.width - width))
+    image = image.crop((left, top, left + width, top + height))
+    if placement.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8)).permute(2, 0, 1)
+    return pixels.float() / 255.0, (top, left)

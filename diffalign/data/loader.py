@@ -1,0 +1,150 @@
+"""Which examples come when: an order that is a pure function of (seed, epoch), so that any position can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from diffalign.common import draws
+from diffalign.common.conditioning import Conditioning
+from diffalign.common.errors import UserError
+from diffalign.data.batches import Batch
+from diffalign.data.cache import EncodedSet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One micro-batch before it is put together.
+
+    Args:
+        epoch: pass over the data.
+        indices: examples, all of one size.
+        first_position: global index in the run of the first of them.
+    """
+
+    epoch: int
+    indices: tuple[int, ...]
+    first_position: int
+
+
+@dataclass
+class LoaderSpec:
+    """How examples are drawn and put together.
+
+    Args:
+        batch_size: groups in a micro-batch.
+        num_workers: processes that put batches together beside the training.
+        caption_dropout: share of groups trained on the branch that classifier-free guidance uses as its negative.
+        posterior: "sample" draws latents from the VAE's posterior anew each epoch, "mean" takes its mean.
+    """
+
+    batch_size: int = 1
+    num_workers: int = 0
+    caption_dropout: float = 0.0
+    posterior: str = "sample"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"loader.batch_size is {self.batch_size}: use 1 or more")
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise UserError(f"loader.caption_dropout is {self.caption_dropout}: use a share in [0, 1]")
+        if self.posterior not in ("sample", "mean"):
+            raise UserError(f"loader.posterior is {self.posterior!r}: use sample or mean")
+        if self.num_workers < 0:
+            raise UserError(f"loader.num_workers is {self.num_workers}: use 0 or more")
+
+
+def epoch_plans(encoded: EncodedSet, batch_size: int, *, seed: int, epoch: int) -> list[Plan]:
+    """The micro-batches of one epoch: every example once, each batch of one size, the last of a size may be short."""
+    waiting: dict[tuple[int, ...], list[int]] = {}
+    ready: list[tuple[int, ...]] = []
+    for index in draws.permutation(len(encoded), seed, "order", epoch).tolist():
+        example = encoded.examples[index]
+        group = waiting.setdefault((*example.size, len(example.images)), [])
+        group.append(index)
+        if len(group) == batch_size:
+            ready.append(tuple(group))
+            group.clear()
+    # Short batches go to random places, not to the end, where each epoch would close on rare sizes.
+    for leftover in (tuple(group) for group in waiting.values() if group):
+        ready.insert(int(draws.uniform(seed, "leftover", epoch, leftover[0]) * (len(ready) + 1)), leftover)
+    plans, position = [], epoch * len(encoded)
+    for indices in ready:
+        plans.append(Plan(epoch, indices, position))
+        position += len(indices)
+    return plans
+
+
+def plans_from(encoded: EncodedSet, batch_size: int, *, seed: int, start: int) -> Iterator[Plan]:
+    """Micro-batches number `start`, `start + 1`, ... of an endless run over the data."""
+    per_epoch = len(epoch_plans(encoded, batch_size, seed=seed, epoch=0))
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        yield from epoch_plans(encoded, batch_size, seed=seed, epoch=epoch)[skip:]
+        epoch, skip = epoch + 1, 0
+
+
+class _Batches(Dataset[Batch]):
+    """Puts planned batches together; a map over plans, so that workers need no state."""
+
+    def __init__(self, encoded: EncodedSet, spec: LoaderSpec, seed: int) -> None:
+        self._encoded, self._spec, self._seed = encoded, spec, seed
+
+    def __getitem__(self, plan: Plan) -> Batch:
+        return assemble(self._encoded, plan, seed=self._seed, spec=self._spec)
+
+
+def assemble(encoded: EncodedSet, plan: Plan, *, seed: int, spec: LoaderSpec) -> Batch:
+    """The batch of a plan; every draw is keyed by (seed, example id, epoch)."""
+    latents, conds = [], []
+    examples = [encoded.examples[index] for index in plan.indices]
+    for example in examples:
+        dropped = draws.uniform(seed, "caption-dropout", example.id, plan.epoch) < spec.caption_dropout
+        conds.append(encoded.conditioning(example, dropped=dropped))
+        for side, image in enumerate(example.images):
+            key = (seed, "posterior", example.id, side, plan.epoch) if spec.posterior == "sample" else ()
+            latents.append(encoded.latents(image, *key))
+    targets = [example.target for example in examples]
+    return Batch(
+        ids=[example.id for example in examples],
+        epoch=plan.epoch,
+        positions=torch.arange(plan.first_position, plan.first_position + len(examples)),
+        latents=torch.stack(latents),
+        cond=Conditioning.cat(conds),
+        counts=torch.tensor([len(example.images) for example in examples]),
+        target=None if None in targets else torch.tensor(targets, dtype=torch.float32),
+    )
+
+
+def batches(encoded: EncodedSet, spec: LoaderSpec, *, seed: int, start: int) -> Iterator[Batch]:
+    """Batches number `start`, `start + 1`, ... of an endless run, put together by `num_workers` processes."""
+    loader = DataLoader(
+        _Batches(encoded, spec, seed),
+        sampler=plans_from(encoded, spec.batch_size, seed=seed, start=start),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=spec.num_workers,
+        # A generator of its own: the default would take a number from the global stream, which dropout uses.
+        generator=torch.Generator().manual_seed(0),
+    )
+    yield from loader
+
+
+def split_by_prompt(encoded: EncodedSet, share: float, *, seed: int) -> tuple[EncodedSet, EncodedSet]:
+    """`(training, held out)`: about `share` of the prompts are held out, each prompt wholly on one side.
+
+    Raises:
+        UserError: when a side would be empty.
+    """
+    held = {prompt for prompt in encoded.prompt_rows if draws.uniform(seed, "held-out", prompt) < share}
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, example in enumerate(encoded.examples):
+        sides[example.prompt in held].append(index)
+    if not all(sides):
+        raise UserError(
+            f"validation.share={share} leaves {len(sides[0])} training and {len(sides[1])} held-out examples: "
+            "change the share or bring more data"
+        )
+    return encoded.subset(sides[0]), encoded.subset(sides[1])

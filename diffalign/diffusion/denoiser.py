@@ -1,0 +1,112 @@
+"""The denoiser boundary: one network, several policies.
+
+Objectives call `denoiser.predict(x_t, t, cond)` and the conversions of `denoiser.process`; whose weights answer is
+chosen by `with denoiser.policy("reference"):`. A policy is either a set of adapters on the one network (the base
+alone is the empty set) or a frozen copy of the network, for full fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from diffalign.common.conditioning import Conditioning
+from diffalign.diffusion.process import Process
+
+Call = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A policy made of the adapters in `names` on the shared network; no name: the base alone."""
+
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrozenCopy:
+    """A policy with a network of its own that is never trained."""
+
+    network: nn.Module
+
+
+@dataclass
+class Denoiser:
+    """A network behind the one call that every objective makes.
+
+    Args:
+        network: the trained network (after `accelerate` has wrapped it, the wrapped one).
+        process: the forward process; also the holder of the named conversions.
+        call: the backbone's way to call its network: `(network, x_t [B, ...], t [B] int64, cond) -> [B, ...]`.
+        policies: named policies; "train" is always the network as it is.
+    """
+
+    network: nn.Module
+    process: Process
+    call: Call
+    policies: dict[str, Adapters | FrozenCopy] = field(default_factory=dict)
+    _copy_in_use: nn.Module | None = field(default=None, init=False, repr=False)
+
+    def predict(self, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The selected policy's native prediction, shape of `x_t`, in the dtype the network answers in."""
+        return self.call(self._copy_in_use or self.network, x_t, t_B, cond)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the trained network that receive gradients."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def policy(self, name: str) -> Iterator[None]:
+        """Selects the policy `name` for calls of `predict` inside the block.
+
+        Adapter state and every `requires_grad` are put back on exit, also after an exception.
+
+        Raises:
+            KeyError: a policy that was never set up (our own mistake, not a user's).
+        """
+        if name == "train":
+            yield
+            return
+        policy = self.policies[name]
+        if isinstance(policy, FrozenCopy):
+            previous, self._copy_in_use = self._copy_in_use, policy.network
+            try:
+                yield
+            finally:
+                self._copy_in_use = previous
+        else:
+            with _active_adapters(self.network, policy.names):
+                yield
+
+
+@contextmanager
+def _active_adapters(network: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    saved_layers = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    # peft's switches set requires_grad as a side effect (measured on 0.21: activating an adapter makes it
+    # trainable, disabling makes all frozen), so the flags are remembered one by one.
+    saved_flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        for layer in layers:
+            if names:
+                layer.enable_adapters(True)
+                layer.set_adapter(list(names), inference_mode=True)
+            else:
+                layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, active, disabled in saved_layers:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+        for parameter, flag in saved_flags:
+            parameter.requires_grad_(flag)
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """The network itself, in evaluation mode and without gradients."""
+    return network.eval().requires_grad_(False)

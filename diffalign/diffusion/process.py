@@ -1,0 +1,177 @@
+"""The forward process: how a clean latent is noised, and what a network's output says about it.
+
+Everything here follows from `x_t = alpha_t x0 + sigma_t eps`. It is the only place that knows both timesteps and
+noise levels, and the only place with eps / x0 / v algebra. Shapes: `B` examples, `...` any latent dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from diffalign.common.errors import UserError
+
+Prediction = Literal["epsilon", "v_prediction"]
+ErrorSpace = Literal["native", "epsilon", "x0"]
+
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction")
+
+
+def expand(values_B: Tensor, like: Tensor) -> Tensor:
+    """`values_B` reshaped to broadcast over every dimension of `like` but the first."""
+    return values_B.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+@dataclass(frozen=True)
+class Process:
+    """A discrete diffusion process of `T` steps; t = 0 is the least noisy.
+
+    Args:
+        alphas: `[T]` float64, signal scale at each timestep.
+        sigmas: `[T]` float64, noise scale at each timestep.
+        prediction: what the network was trained to output ("epsilon" or "v_prediction").
+
+    Convention: DDPM processes are variance preserving (alpha^2 + sigma^2 = 1) and v = alpha eps - sigma x0
+    (Salimans and Ho 2022, arXiv 2202.00512).
+    """
+
+    alphas: Tensor
+    sigmas: Tensor
+    prediction: Prediction
+    _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> Process:
+        """The process a diffusers scheduler samples from, read from its config alone.
+
+        Recomputed in float64 from the betas: the schedulers keep float32 products.
+
+        Raises:
+            UserError: for a beta schedule or prediction type that no SD 1.x, 2.x or SDXL checkpoint uses.
+        """
+        config = scheduler.config
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in PREDICTIONS:
+            raise UserError(
+                f"the scheduler's prediction_type is {prediction!r}: use a base with one of {', '.join(PREDICTIONS)}"
+            )
+        alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
+        alphas = alphas_cumprod.sqrt()
+        if config.get("rescale_betas_zero_snr", False):
+            alphas = rescale_zero_terminal_snr(alphas)
+        return cls(alphas, (1.0 - alphas**2).clamp_min(0.0).sqrt(), cast(Prediction, prediction))
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas)
+
+    def alpha_sigma(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`(alpha, sigma)`, each `[B]` float64 on the device of `t_B` (integer timesteps in `[0, T)`)."""
+        device = t_B.device
+        if device not in self._moved:
+            self._moved[device] = (self.alphas.to(device), self.sigmas.to(device))
+        alphas, sigmas = self._moved[device]
+        return alphas[t_B], sigmas[t_B]
+
+    def snr(self, t_B: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2, `[B]` float64; 0 at the last step of zero-terminal-SNR bases."""
+        alpha, sigma = self.alpha_sigma(t_B)
+        return alpha**2 / sigma**2
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+        """`x_t = alpha_t x0 + sigma_t eps`, in the dtype of `x0`."""
+        alpha, sigma = self._scales(x0, t_B)
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+        """What a perfect network would output for `(x0, noise, t)`: eps, or v = alpha eps - sigma x0."""
+        if self.prediction == "epsilon":
+            return noise
+        alpha, sigma = self._scales(x0, t_B)
+        return alpha * noise - sigma * x0
+
+    def to_epsilon(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
+        """The noise that a network output implies; v form: eps = sigma x_t + alpha v."""
+        if self.prediction == "epsilon":
+            return output
+        alpha, sigma = self._scales(x_t, t_B)
+        return sigma * x_t + alpha * output
+
+    def to_x0(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
+        """The clean latent that a network output implies; v form: x0 = alpha x_t - sigma v.
+
+        Raises:
+            ValueError: for an epsilon network where SNR is 0, where x_t carries no signal to solve for.
+        """
+        alpha, sigma = self._scales(x_t, t_B)
+        if self.prediction == "epsilon":
+            self._refuse_zero_alpha(t_B)
+            return (x_t - sigma * output) / alpha
+        return alpha * x_t - sigma * output
+
+    def to_v(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
+        """The velocity alpha eps - sigma x0 that a network output implies (same limits as `to_x0`)."""
+        if self.prediction == "v_prediction":
+            return output
+        alpha, sigma = self._scales(x_t, t_B)
+        return alpha * output - sigma * self.to_x0(output, x_t, t_B)
+
+    def residual_scale(self, space: ErrorSpace, t_B: Tensor) -> Tensor:
+        """`[B]` float64 factor from a native residual (output - target) to the residual in `space`.
+
+        With x_t fixed, every parameterisation is linear in the others, so errors convert by one factor:
+        v -> eps: alpha;  v -> x0: -sigma;  eps -> x0: -sigma / alpha. Squared errors scale by its square.
+
+        Raises:
+            ValueError: eps -> x0 where SNR is 0.
+        """
+        alpha, sigma = self.alpha_sigma(t_B)
+        native = "epsilon" if self.prediction == "epsilon" else "v"
+        if space == "native" or space == native:
+            return torch.ones_like(alpha)
+        if space == "epsilon":
+            return alpha
+        if native == "v":
+            return -sigma
+        self._refuse_zero_alpha(t_B)
+        return -sigma / alpha
+
+    def _scales(self, like: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha_sigma(t_B)
+        return expand(alpha, like).to(like.dtype), expand(sigma, like).to(like.dtype)
+
+    def _refuse_zero_alpha(self, t_B: Tensor) -> None:
+        alpha, _ = self.alpha_sigma(t_B)
+        if bool((alpha == 0).any()):
+            raise ValueError("x0 is undefined for an epsilon network at SNR 0 (last step of a zero-terminal-SNR base)")
+
+
+def rescale_zero_terminal_snr(alphas: Tensor) -> Tensor:
+    """`[T]` signal scales shifted and scaled so that the last is exactly 0 and the first is kept.
+
+    Source: Lin et al. 2024, arXiv 2305.08891, algorithm 1.
+    """
+    first, last = alphas[0], alphas[-1]
+    return (alphas - last) * first / (first - last)
+
+
+def _betas(config: Any) -> Tensor:
+    """`[T]` float64 noise variances of a diffusers scheduler config."""
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    missing = [key for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule") if key not in config]
+    if missing:
+        raise UserError(
+            f"the base's scheduler has no {', '.join(missing)}: not a DDPM process; use a base whose scheduler is "
+            "of the DDPM, DDIM, Euler or DPM-Solver kind"
+        )
+    count, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+    if config["beta_schedule"] == "linear":
+        return torch.linspace(start, end, count, dtype=torch.float64)
+    if config["beta_schedule"] == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    raise UserError(f"beta_schedule {config['beta_schedule']!r} is not supported: use linear or scaled_linear")

@@ -1,0 +1,159 @@
+"""LoRA on a diffusers network: adding, starting from a file, saving so that plain diffusers loads it unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from diffalign.common.draws import seed_of
+from diffalign.common.errors import UserError
+from diffalign.models._base import TRAINED
+from diffalign.models._spec import AdapterSpec
+
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+
+
+def add_fresh(network: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
+    """Adds the adapter "trained" that changes nothing yet; its random half depends on `seed` alone."""
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.rank if spec.alpha is None else spec.alpha,
+        lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
+        use_dora=spec.dora,
+        target_modules=list(spec.targets),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(seed, "adapter"))
+        try:
+            network.add_adapter(config, adapter_name=TRAINED)
+        except ValueError as error:
+            raise UserError(
+                f"adapter.targets={list(spec.targets)}: no such layers in {type(network).__name__}; "
+                "attention layers are to_q, to_k, to_v, to_out.0"
+            ) from error
+    _to_float32(network)
+
+
+def add_from_file(network: nn.Module, pipeline_class: Any, path: str, *, dropout: float) -> None:
+    """Adds the adapter at `path` as "trained".
+
+    Raises:
+        UserError: no such adapter, one for another architecture, or one that also changes the text encoders.
+    """
+    state, alphas, metadata = read_adapter(pipeline_class, path, network)
+    if any(not key.startswith("unet.") for key in state):
+        raise UserError(
+            f"adapter.init {path} also changes the text encoders: only UNet adapters can be trained on; "
+            "merge it into the base first"
+        )
+    pipeline_class.load_lora_into_unet(state, alphas, network, adapter_name=TRAINED, metadata=metadata)
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer) and TRAINED in module.lora_dropout:
+            module.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
+    activate(network, TRAINED)
+    _to_float32(network)
+
+
+def add_frozen_copy(network: nn.Module, name: str) -> None:
+    """Adds a copy of the adapter "trained" under `name`, without dropout and without gradients."""
+    config = network.peft_config[TRAINED]
+    plain = {**config.to_dict(), "lora_dropout": 0.0}
+    network.add_adapter(type(config)(**_known_fields(type(config), plain)), adapter_name=name)
+    set_peft_model_state_dict(network, get_peft_model_state_dict(network, adapter_name=TRAINED), adapter_name=name)
+    _to_float32(network)
+    activate(network, TRAINED)
+
+
+def activate(network: nn.Module, name: str) -> None:
+    """Makes `name` the only active and the only trainable adapter."""
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(True)
+            module.set_adapter(name)
+    for parameter_name, parameter in network.named_parameters():
+        parameter.requires_grad_(f".{name}." in parameter_name or parameter_name.endswith(f".{name}"))
+
+
+def adapter_state(network: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the adapter "trained" by peft name."""
+    return get_peft_model_state_dict(network, adapter_name=TRAINED)
+
+
+def load_adapter_state(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts tensors of `adapter_state` back in place."""
+    set_peft_model_state_dict(network, state, adapter_name=TRAINED)
+
+
+def save(network: nn.Module, pipeline_class: Any, folder: str | Path) -> None:
+    """Writes the adapter "trained" with the metadata that makes it reload equal.
+
+    Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout stays
+    active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
+    """
+    metadata = {**network.peft_config[TRAINED].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
+    state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(network).items()}
+    pipeline_class.save_lora_weights(
+        str(folder),
+        unet_lora_layers=state,
+        unet_lora_adapter_metadata=metadata,
+        weight_name=WEIGHTS_FILE,
+    )
+
+
+def read_adapter(
+    pipeline_class: Any, path: str, network: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+    """`(state, alphas, metadata)` of an adapter file in any layout that diffusers reads, checked against `network`.
+
+    Raises:
+        UserError: nothing there, not an adapter, or layers that the network lacks or has in another size.
+    """
+    local = Path(path)
+    if not local.exists() and (local.is_absolute() or path.startswith(".") or path.count("/") != 1):
+        raise UserError(f"adapter {path} does not exist: give a folder, a .safetensors file or a hub id")
+    try:
+        state, alphas, metadata = pipeline_class.lora_state_dict(
+            path, unet_config=network.config, return_lora_metadata=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read the adapter {path}: {first}") from error
+    if not state or not all("lora" in key for key in state):
+        raise UserError(f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote")
+    _check_fits(state, network, path)
+    return state, alphas, metadata
+
+
+def _check_fits(state: dict[str, Tensor], network: nn.Module, path: str) -> None:
+    for key, value in state.items():
+        layer_name, marker, _ = key.removeprefix("unet.").partition(".lora_A.")
+        if not key.startswith("unet.") or not marker:
+            continue
+        try:
+            layer = network.get_submodule(layer_name)
+        except AttributeError:
+            layer = None
+        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+        if weight is None or weight.shape[1] != value.shape[1]:
+            found = "has no such layer" if weight is None else f"has {weight.shape[1]} inputs there"
+            raise UserError(
+                f"adapter {path} is for another architecture: {layer_name} takes {value.shape[1]} inputs, the base "
+                f"{found}; use the base it was trained on"
+            )
+
+
+def _to_float32(network: nn.Module) -> None:
+    # Adapter weights are masters: updates of 1e-5 vanish in half precision.
+    for name, parameter in network.named_parameters():
+        if ".lora_" in name and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"}

@@ -1,0 +1,99 @@
+"""What every backbone gives once it is loaded.
+
+A model loads its parts when they are first asked for, so that encoding, training and sampling each hold only what
+they need: text encoders and VAE can leave memory before the network enters it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.common.conditioning import Conditioning
+from diffalign.diffusion.denoiser import Denoiser
+from diffalign.diffusion.process import Process
+from diffalign.models._spec import DTYPES, AdapterSpec
+
+TRAINED, REFERENCE = "trained", "reference"
+"""Names of the adapter sets (peft keeps them as attributes of a module, so `train` would be refused)."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype that a recipe calls `name` ("fp32", "bf16", "fp16")."""
+    dtype = getattr(torch, DTYPES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class Model(Protocol):
+    """A loaded backbone."""
+
+    latent_scale: int
+    size_multiple: int
+    default_resolution: int
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network behind the boundary."""
+        ...
+
+    @property
+    def process(self) -> Process:
+        """The forward process of the base's scheduler."""
+        ...
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`(mean, std)` of the latents, `[B, c, h, w]` float32, scaled; images float NCHW in [0, 1]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` float32 in [0, 1] of scaled latents."""
+        ...
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning with one row a prompt, on the model's device."""
+        ...
+
+    def encode_dropped_prompt(self) -> Conditioning:
+        """One row: the very branch that classifier-free guidance uses for "no prompt"."""
+        ...
+
+    def size_conditioning(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Rows `[1, d]` that tell the network about (height, width) sizes and (top, left) crop; empty if it is blind."""
+        ...
+
+    def generate(self, prompts: list[str], seeds: list[int], **settings: Any) -> list[Any]:
+        """One PIL image per (prompt, seed)."""
+        ...
+
+    def start_training(self, adapter: AdapterSpec, *, seed: int, with_reference: bool) -> None:
+        """Sets up the "train" and "reference" policies of the denoiser."""
+        ...
+
+    def save_adapter(self, folder: str) -> None:
+        """Writes what was trained, so that plain diffusers loads it."""
+        ...
+
+    def load_adapter(self, path: str, *, weight: float = 1.0, name: str | None = None) -> None:
+        """Adds an adapter for generation; several add up."""
+        ...
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name, for checkpoints."""
+        ...
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Puts back what `trained_state` gave, in place."""
+        ...
+
+    def drop_encoders(self) -> None:
+        """Frees the text encoders and the VAE; they load again when next used."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identity of the weights, for checkpoints and caches."""
+        ...

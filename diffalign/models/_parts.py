@@ -1,0 +1,139 @@
+"""Loading the parts of a diffusers pipeline one by one, with one-line errors."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.common.errors import UserError
+from diffalign.common.files import file_identity
+from diffalign.models._base import torch_dtype
+from diffalign.models._spec import ModelSpec
+
+OWN_FOLDER_PARTS = {"vae": "vae", "unet": "unet"}
+
+
+class Parts:
+    """The parts of one pipeline, each loaded on first use and kept until dropped.
+
+    Args:
+        spec: which weights.
+        device: where parts go.
+        expected: part names that the family's pipeline must have.
+
+    Raises:
+        UserError: the path is no diffusers pipeline, or one of another family.
+    """
+
+    def __init__(self, spec: ModelSpec, device: str, expected: tuple[str, ...]) -> None:
+        _quiet()
+        self.spec, self.device = spec, device
+        self.index = self._read_index()
+        missing = [name for name in expected if not _is_part(self.index.get(name))]
+        if missing:
+            raise UserError(
+                f"{spec.path} has no {', '.join(missing)}: it is a {self.index.get('_class_name', 'other pipeline')}; "
+                "choose the model name that fits, or a base of this family"
+            )
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """The part `name`, frozen, in evaluation mode."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def drop(self, *names: str) -> None:
+        """Frees parts; they load again on the next use."""
+        for name in names:
+            self._loaded.pop(name, None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def source(self, name: str) -> tuple[str, str | None]:
+        """`(path, subfolder)` a part is loaded from: the pipeline's, or the user's own VAE or UNet."""
+        own = getattr(self.spec, OWN_FOLDER_PARTS[name]) if name in OWN_FOLDER_PARTS else None
+        if own is None:
+            return self.spec.path, name
+        nested = Path(own) / OWN_FOLDER_PARTS[name]
+        return own, OWN_FOLDER_PARTS[name] if nested.is_dir() else None
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The part's configuration, read without loading its weights."""
+        import diffusers
+
+        path, subfolder = self.source(name)
+        cls = getattr(diffusers, self.index[name][1], None)
+        if cls is None:
+            raise UserError(f"{self.spec.path}: its {name} is a {self.index[name][1]}, which diffusers does not have")
+        revision = self.spec.revision if path == self.spec.path else None
+        try:
+            return dict(cls.load_config(path, subfolder=subfolder, revision=revision))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the {name} config of {path}: {_first_line(error)}") from error
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What tells these weights from others: content of local files, or hub id and revision."""
+        path, subfolder = self.source(name)
+        folder = Path(path) / (subfolder or "")
+        if folder.is_dir():
+            return file_identity(folder)
+        return {"hub": path, "part": name, "revision": self.spec.revision, "variant": self.spec.variant}
+
+    def _read_index(self) -> dict[str, Any]:
+        from diffusers import DiffusionPipeline
+
+        path = Path(self.spec.path)
+        if path.is_file():
+            raise UserError(f"model.path {path} is a file: give a diffusers pipeline folder or a hub id")
+        looks_local = path.is_absolute() or self.spec.path.startswith((".", "~")) or self.spec.path.count("/") != 1
+        if not path.is_dir() and looks_local:
+            raise UserError(f"model.path {self.spec.path} does not exist: give a diffusers pipeline folder or a hub id")
+        if path.is_dir() and not (path / "model_index.json").is_file():
+            raise UserError(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline")
+        try:
+            return dict(DiffusionPipeline.load_config(self.spec.path, revision=self.spec.revision))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the pipeline {self.spec.path}: {_first_line(error)}") from error
+
+    def _load(self, name: str) -> Any:
+        library, class_name = self.index[name]
+        cls = getattr(importlib.import_module(library), class_name)
+        path, subfolder = self.source(name)
+        options: dict[str, Any] = {"subfolder": subfolder or ""} if library == "transformers" else {
+            "subfolder": subfolder
+        }
+        if path == self.spec.path:
+            options["revision"] = self.spec.revision
+        if hasattr(cls, "parameters"):
+            dtype = torch_dtype(self.spec.vae_dtype if name == "vae" else self.spec.dtype)
+            options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
+            if path == self.spec.path and self.spec.variant is not None:
+                options["variant"] = self.spec.variant
+        try:
+            part = cls.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError) as error:
+            where = path if subfolder is None else f"{path} ({name})"
+            raise UserError(f"cannot load {where}: {_first_line(error)}") from error
+        return part.to(self.device).eval().requires_grad_(False) if hasattr(cls, "parameters") else part
+
+
+def _quiet() -> None:
+    """No bar for each part that loads: they come many at a time and say nothing about the work."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _is_part(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,278 @@
+"""What SD and SDXL share: a UNet, a VAE and CLIP text encoders behind one `Model`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.common import draws
+from diffalign.common.conditioning import Conditioning
+from diffalign.common.errors import UserError, unknown
+from diffalign.common.manifest import recipe_identity
+from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze
+from diffalign.diffusion.process import Process
+from diffalign.models import _adapters
+from diffalign.models._base import REFERENCE, TRAINED, torch_dtype
+from diffalign.models._parts import Parts
+from diffalign.models._spec import AdapterSpec, ModelSpec
+
+
+class UNetModel:
+    """A backbone of the Stable Diffusion family; subclasses name the pipeline and the conditioning.
+
+    Args:
+        spec: which weights.
+        device: where they go.
+    """
+
+    pipeline_class: ClassVar[Any]
+    encoder_parts: ClassVar[tuple[str, ...]]
+    call: ClassVar[Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]]
+
+    def __init__(self, spec: ModelSpec, device: str = "cpu") -> None:
+        self.spec, self.device = spec, torch.device(device)
+        self.parts = Parts(spec, device, (*self.encoder_parts, "vae", "unet", "scheduler"))
+        vae, unet = self.parts.config("vae"), self.parts.config("unet")
+        self.latent_channels: int = vae["latent_channels"]
+        self.latent_scale: int = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.size_multiple: int = self.latent_scale * 2 ** (len(unet["block_out_channels"]) - 1)
+        self.default_resolution: int = _largest_side(unet["sample_size"]) * self.latent_scale
+        self.check_family(unet)
+        self._denoiser: Denoiser | None = None
+
+    def check_family(self, unet_config: dict[str, Any]) -> None:
+        """Refuses a UNet of another family."""
+
+    @property
+    def network(self) -> Any:
+        """The UNet, loaded on first use."""
+        return self.parts["unet"]
+
+    @property
+    def process(self) -> Process:
+        """The forward process of the base's scheduler."""
+        return Process.from_scheduler(self.parts["scheduler"])
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network behind the boundary; the base is the reference until training is set up."""
+        if self._denoiser is None:
+            self._prepare_network()
+            self._denoiser = Denoiser(self.network, self.process, type(self).call, {REFERENCE: Adapters()})
+        return self._denoiser
+
+    def _prepare_network(self) -> None:
+        if self.spec.attention == "xformers":
+            try:
+                self.network.enable_xformers_memory_efficient_attention()
+            except (ImportError, ModuleNotFoundError, ValueError) as error:
+                raise UserError(
+                    f"model.attention=xformers: {str(error).splitlines()[0]}; install diffalign[xformers] on a GPU "
+                    "machine, or use model.attention=sdpa"
+                ) from error
+        if self.spec.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+
+    # Encoding
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`(mean, std)` of scaled latents, `[B, c, h, w]` float32, for images `[B, 3, H, W]` float in [0, 1]."""
+        vae = self.parts["vae"]
+        posterior = vae.encode((images * 2.0 - 1.0).to(self.device, vae.dtype)).latent_dist
+        shift, scale = _shift_and_scale(vae)
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` float32 in [0, 1] of scaled latents `[B, c, h, w]`."""
+        vae = self.parts["vae"]
+        shift, scale = _shift_and_scale(vae)
+        decoded = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
+        return (decoded.float() / 2.0 + 0.5).clamp(0.0, 1.0)
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning with one row a prompt; made by the pipeline's own `encode_prompt`."""
+        return self._embed(prompts, None)[0]
+
+    def encode_dropped_prompt(self) -> Conditioning:
+        """One row: what classifier-free guidance uses as its negative when no negative prompt is given."""
+        return self._embed([""], None)[1]
+
+    def _embed(self, prompts: list[str], negative_prompt: str | None) -> tuple[Conditioning, Conditioning]:
+        """Conditioning of the prompts and of their negatives, `len(prompts)` rows each."""
+        raise NotImplementedError
+
+    def size_conditioning(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Nothing: this family's network is not told about sizes."""
+        return {}
+
+    def drop_encoders(self) -> None:
+        """Frees the text encoders and the VAE; they load again when next used."""
+        self.parts.drop(*self.encoder_parts, "vae")
+
+    # Sampling
+
+    def pipeline(self, *names: str) -> Any:
+        """A diffusers pipeline that holds the parts `names` and the scheduler; the other parts are None."""
+        held = {name: self.parts[name] if name in names else None for name in (*self.encoder_parts, "vae", "unet")}
+        pipeline = self.pipeline_class(**held, scheduler=self.parts["scheduler"], **self._pipeline_options())
+        pipeline.vae_scale_factor = self.latent_scale
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: str | None = None,
+        embedded: tuple[Conditioning, Conditioning] | None = None,
+    ) -> list[Any]:
+        """One PIL image per (prompt, seed), sampled by the diffusers pipeline as one batch.
+
+        The initial noise depends on (prompt, seed) alone and is bit-equal everywhere.
+
+        Args:
+            prompts: `B` prompts.
+            seeds: `B` seeds.
+            negative_prompt: one for all; None: the branch that prompt dropout trains.
+            guidance_scale: None: the pipeline's default; 1 or less: no guidance.
+            num_inference_steps: None: the pipeline's default.
+            height: pixels, a multiple of `size_multiple`; None: the base's resolution.
+            width: likewise.
+            scheduler: class name of a diffusers scheduler; None: the base's own.
+            embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already gone.
+        """
+        height, width = height or self.default_resolution, width or self.default_resolution
+        if height % self.size_multiple or width % self.size_multiple:
+            raise UserError(f"height={height}, width={width}: both must be multiples of {self.size_multiple}")
+        cond, negative = embedded or self.embed_for_generation(prompts, negative_prompt)
+        shape = (self.latent_channels, height // self.latent_scale, width // self.latent_scale)
+        noise = torch.stack([draws.normal(shape, "initial", *key) for key in zip(prompts, seeds, strict=True)])
+        pipeline = self.pipeline("unet")
+        if scheduler is not None:
+            pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+        settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        latents = pipeline(
+            latents=noise.to(self.device, torch_dtype(self.spec.dtype)),
+            height=height,
+            width=width,
+            generator=[draws.generator("sampler", *key) for key in zip(prompts, seeds, strict=True)],
+            output_type="latent",
+            **self._embedding_arguments(cond, negative),
+            **{key: value for key, value in settings.items() if value is not None},
+        ).images
+        return pipeline.image_processor.numpy_to_pil(self.decode(latents).cpu().permute(0, 2, 3, 1).numpy())
+
+    def embed_for_generation(
+        self, prompts: list[str], negative_prompt: str | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
+        return self._embed(prompts, negative_prompt)
+
+    def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    # Training
+
+    def start_training(self, adapter: AdapterSpec, *, seed: int, with_reference: bool) -> None:
+        """Sets up the policies "train" and "reference"; the reference is the policy as it is now.
+
+        Args:
+            adapter: what is trained.
+            seed: of a fresh adapter's random half.
+            with_reference: False spares the frozen copy where the objective needs none.
+        """
+        denoiser, network = self.denoiser, self.network
+        if adapter.kind == "full":
+            if self.spec.dtype != "fp32":
+                raise UserError(
+                    f"adapter.kind=full with model.dtype={self.spec.dtype}: small updates are lost in half precision; "
+                    "use model.dtype=fp32 (with precision=bf16 for speed)"
+                )
+            if with_reference:
+                denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
+            network.requires_grad_(True)
+        elif adapter.init is None:
+            _adapters.add_fresh(network, adapter, seed=seed)
+            _adapters.activate(network, TRAINED)
+        else:
+            _adapters.add_from_file(network, self.pipeline_class, adapter.init, dropout=adapter.dropout)
+            if with_reference:
+                _adapters.add_frozen_copy(network, REFERENCE)
+                denoiser.policies[REFERENCE] = Adapters((REFERENCE,))
+        network.train()
+
+    @property
+    def _trains_adapter(self) -> bool:
+        return TRAINED in getattr(self.network, "peft_config", {})
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name."""
+        return _adapters.adapter_state(self.network) if self._trains_adapter else self.network.state_dict()
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Puts back what `trained_state` gave, in place."""
+        if self._trains_adapter:
+            _adapters.load_adapter_state(self.network, state)
+        else:
+            self.network.load_state_dict(state)
+
+    def save_adapter(self, folder: str) -> None:
+        """Writes the LoRA as diffusers loads it, or the full UNet under `unet/`."""
+        if self._trains_adapter:
+            _adapters.save(self.network, self.pipeline_class, folder)
+        else:
+            self.network.save_pretrained(f"{folder}/unet")
+
+    def load_adapter(self, path: str, *, weight: float = 1.0, name: str | None = None) -> None:
+        """Adds a LoRA for generation; several add up, each with its weight."""
+        _adapters.read_adapter(self.pipeline_class, path, self.network)
+        pipeline = self.pipeline(*self.encoder_parts, "unet")
+        loaded: dict[str, float] = self.__dict__.setdefault("_adapter_weights", {})
+        name = name or f"adapter_{len(loaded)}"
+        pipeline.load_lora_weights(path, adapter_name=name)
+        loaded[name] = weight
+        pipeline.set_adapters(list(loaded), list(loaded.values()))
+
+    def fingerprint(self) -> str:
+        """Identity of UNet, VAE, text encoders and prediction type: equal weights give equal fingerprints."""
+        return recipe_identity({name: self.parts.identity(name) for name in (*self.encoder_parts, "vae", "unet")})
+
+
+def scheduler_class(name: str) -> Any:
+    """The diffusers scheduler class called `name`.
+
+    Raises:
+        UserError: no such scheduler.
+    """
+    import diffusers
+
+    known = sorted(entry for entry in dir(diffusers) if entry.endswith("Scheduler") and not entry.startswith("Flax"))
+    if name not in known:
+        raise unknown("scheduler", name, known)
+    return getattr(diffusers, name)
+
+
+def _shift_and_scale(vae: Any) -> tuple[float, float]:
+    return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+
+
+def _largest_side(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else max(size)

@@ -1,0 +1,77 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, epsilon or v prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from diffalign.common.conditioning import Conditioning
+from diffalign.common.errors import UserError
+from diffalign.models._base import Model
+from diffalign.models._spec import ModelSpec
+from diffalign.models._unet import UNetModel
+
+
+@dataclass
+class Plugin(ModelSpec):
+    """Stable Diffusion 1.x, 2.x and their fine-tunes."""
+
+    def load(self, device: str = "cpu") -> Model:
+        """The model on `device`; its parts load when first used."""
+        return StableDiffusion(self, device)
+
+    @classmethod
+    def tiny(cls, folder: str | Path, **options: Any) -> Plugin:
+        """A random pipeline of the smallest size, written to `folder`, for tests."""
+        from diffalign.models import _tiny
+
+        _tiny.write_sd(Path(folder), **options)
+        return cls(path=str(folder))
+
+
+class StableDiffusion(UNetModel):
+    """Conditioning key: `prompt_embeds` [B, 77, c]."""
+
+    pipeline_class = StableDiffusionPipeline
+    encoder_parts = ("text_encoder", "tokenizer")
+
+    @staticmethod
+    def call(network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The UNet's native prediction; inputs are brought to the dtype of its first layer."""
+        dtype = next(network.parameters()).dtype
+        output: Tensor = network(
+            x_t.to(dtype), t_B, encoder_hidden_states=cond["prompt_embeds"].to(dtype), return_dict=False
+        )[0]
+        return output
+
+    def check_family(self, unet_config: dict[str, Any]) -> None:
+        """Refuses UNets with SDXL's extra conditioning and inpainting UNets."""
+        if unet_config.get("addition_embed_type") is not None:
+            raise UserError(f"the UNet of {self.spec.path} takes size conditioning: use model=sdxl")
+        if unet_config.get("in_channels") != self.latent_channels:
+            raise UserError(
+                f"the UNet of {self.spec.path} takes {unet_config.get('in_channels')} channels, its VAE gives "
+                f"{self.latent_channels}: inpainting and depth bases cannot be aligned here, use a text-to-image base"
+            )
+
+    def _pipeline_options(self) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+    @torch.no_grad()
+    def _embed(self, prompts: list[str], negative_prompt: str | None) -> tuple[Conditioning, Conditioning]:
+        embeds, negative_embeds = self.pipeline(*self.encoder_parts).encode_prompt(
+            prompts,
+            self.device,
+            1,
+            True,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+        )
+        return Conditioning({"prompt_embeds": embeds}), Conditioning({"prompt_embeds": negative_embeds})
+
+    def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+        return {"prompt_embeds": cond["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}

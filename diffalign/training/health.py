@@ -1,0 +1,83 @@
+"""What tells a healthy preference run from one that is turning to noise: numbers gathered from the objective's logs.
+
+The loss of a pair says little: it stays near log 2 while images improve and while they fall apart. The errors of
+winner and loser against the reference say which of the two is happening.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+NUM_BUCKETS = 4
+SATURATED_FACTOR = 0.01
+"""A pair whose gradient factor sigma(-margin) is below this no longer teaches (margin above 4.6)."""
+
+
+@dataclass
+class Health:
+    """Gathers micro-batches between two log lines.
+
+    Args:
+        num_timesteps: of the process; split into `NUM_BUCKETS` equal ranges for the per-timestep report.
+    """
+
+    num_timesteps: int
+    _rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    _grad_norms: list[float] = field(default_factory=list)
+
+    def add(self, loss: Tensor, logs: dict[str, Tensor]) -> None:
+        """Takes the losses `[N]` and logs of one micro-batch (kept where they are: no device sync)."""
+        for name, value in {"loss": loss.detach(), **logs}.items():
+            self._rows.setdefault(name, []).append(value)
+
+    def add_grad_norm(self, norm: float) -> None:
+        """Takes the gradient norm of one optimizer step, before clipping."""
+        self._grad_norms.append(norm)
+
+    def report(self) -> dict[str, float | dict[str, dict[str, float]]]:
+        """Means since the last report, overall and by timestep range ("0-249": {...}); empties the store."""
+        rows = {name: torch.cat(values).double().cpu() for name, values in self._rows.items()}
+        result: dict[str, float | dict[str, dict[str, float]]] = {}
+        result.update(_summary(rows))
+        if self._grad_norms:
+            result["grad_norm"] = sum(self._grad_norms) / len(self._grad_norms)
+            result["grad_norm_max"] = max(self._grad_norms)
+        if "t" in rows:
+            result["by_timestep"] = self._by_timestep(rows)
+        self._rows, self._grad_norms = {}, []
+        return result
+
+    def _by_timestep(self, rows: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        width = -(-self.num_timesteps // NUM_BUCKETS)
+        buckets = {}
+        for start in range(0, self.num_timesteps, width):
+            inside = (rows["t"] >= start) & (rows["t"] < start + width)
+            if bool(inside.any()):
+                name = f"{start}-{min(start + width, self.num_timesteps) - 1}"
+                buckets[name] = _summary({key: value[inside] for key, value in rows.items()})
+        return buckets
+
+
+def _summary(rows: dict[str, Tensor]) -> dict[str, float]:
+    means: dict[str, float] = {"groups": float(len(rows["loss"])), "loss": _mean(rows["loss"])}
+    for name in ("err_w", "err_l"):
+        if name in rows:
+            means[name] = _mean(rows[name])
+        if f"ref_{name}" in rows:
+            means[f"{name}_vs_ref"] = _mean(rows[name] - rows[f"ref_{name}"])
+    if "margin" in rows:
+        margin = rows["margin"]
+        factor = torch.sigmoid(-margin)
+        means["margin"] = _mean(margin)
+        means["margin_abs_max"] = float(margin.abs().max())
+        means["accuracy"] = _mean((margin > 0).double() + 0.5 * (margin == 0).double())
+        means["gradient_factor"] = _mean(factor)
+        means["saturated"] = _mean((factor < SATURATED_FACTOR).double())
+    return means
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())

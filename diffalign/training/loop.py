@@ -1,0 +1,269 @@
+"""One loop for every objective: draw, compute, check, step, report, keep.
+
+The loop asks an objective for a loss a group and never which objective it is. Nothing random is left to chance: data
+order, timesteps and noise are keyed, and the global stream (dropout) is seeded from (seed, step) before each step, so
+a run that is killed and resumed computes the very same numbers as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from diffalign.common import files
+from diffalign.common.draws import seed_of
+from diffalign.common.errors import UserError
+from diffalign.common.interrupts import StopRequest
+from diffalign.common.progress import Progress, say
+from diffalign.data.batches import Batch
+from diffalign.data.cache import EncodedSet
+from diffalign.data.loader import LoaderSpec, batches
+from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.timesteps import TimestepSpec
+from diffalign.models._base import Model
+from diffalign.objectives._base import Objective, Output
+from diffalign.training import checkpoint as checkpoints
+from diffalign.training.health import Health
+from diffalign.training.metrics import MetricsLog
+from diffalign.training.sampling import training_draws
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec
+from diffalign.training.watch import Watch
+
+MAX_SKIPS_IN_A_ROW = 25
+"""fp16's loss scale may halve up to 16 times before the first step fits; more means that the weights are lost."""
+
+
+class NonFiniteLoss(UserError):
+    """A loss that is NaN or infinite; raised before the weights are touched."""
+
+
+@dataclass
+class Run:
+    """Everything that one run of the loop needs.
+
+    Args:
+        model: set up by `start_training`.
+        objective: what is minimised.
+        train_set: encoded examples.
+        out: folder of the run.
+        identity: what must be equal for a checkpoint to be continued.
+        accelerator: device, precision and gradient scaling.
+        num_steps: optimizer steps.
+        accumulation: micro-batches in one optimizer step.
+        seed: of every draw.
+        log_every: optimizer steps between two lines of metrics.
+        watch: held-out accuracy and sample pictures.
+    """
+
+    model: Model
+    objective: Objective
+    train_set: EncodedSet
+    out: Path
+    identity: str
+    accelerator: Accelerator
+    num_steps: int
+    accumulation: int
+    seed: int
+    log_every: int
+    loader: LoaderSpec
+    timesteps: TimestepSpec
+    optimizer: OptimizerSpec
+    checkpoint: CheckpointSpec
+    watch: Watch
+
+
+@dataclass
+class _State:
+    """What changes while the loop runs."""
+
+    adamw: Any
+    parameters: list[torch.nn.Parameter]
+    health: Health
+    step: int = 0
+    position: int = 0
+    counters: dict[str, int] = field(default_factory=lambda: {"skipped_steps": 0, "skips_in_a_row": 0})
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Trains to `num_steps`, going on from the newest checkpoint in `run.out`; returns the closing summary.
+
+    Ctrl-C and SIGTERM take effect between two steps: the state is saved, then the interrupt is raised again.
+
+    Raises:
+        NonFiniteLoss: naming the examples; the last checkpoint stays.
+        UserError: the checkpoint is of another run, or gradients stay non-finite.
+    """
+    state = _start(run)
+    log = MetricsLog(run.out, resume_step=state.step)
+    incoming = _micro_batches(run, state.position)
+    if state.step == 0:
+        run.watch.look(run.model, 0, log)
+    with StopRequest() as stop, Progress("train", run.num_steps, "steps", initial=state.step) as bar:
+        while state.step < run.num_steps and not stop.requested:
+            torch.manual_seed(seed_of(run.seed, "step", state.step))
+            _set_learning_rate(state.adamw, learning_rate(run.optimizer, state.step, run.num_steps))
+            loss, rate = _timed_step(run, state, incoming)
+            bar.update(1, loss=loss, **{f"{run.objective.unit}s/s": rate})
+            last = state.step == run.num_steps
+            if state.step % run.log_every == 0 or last:
+                log.write("train", state.step, _train_row(run, state))
+            run.watch.look(run.model, state.step, log, last=last)
+            if state.step % run.checkpoint.every == 0 or last or stop.requested:
+                _save(run, state)
+    log.close()
+    if stop.requested:
+        say(f"saved step {state.step} in {run.out}; the same command goes on from there")
+    stop.raise_if_requested()
+    return {"steps": state.step, **state.counters, **run.watch.summary()}
+
+
+def learning_rate(spec: OptimizerSpec, step: int, num_steps: int) -> float:
+    """The learning rate of optimizer step `step` (0-based), a pure function, so that resuming needs no schedule state.
+
+    Linear warm-up reaches `lr` at step `warmup_steps`; then constant, or down to 0 at `num_steps`.
+    """
+    if step < spec.warmup_steps:
+        return spec.lr * (step + 1) / (spec.warmup_steps + 1)
+    progress = (step - spec.warmup_steps) / max(1, num_steps - spec.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return spec.lr * factor[spec.schedule]
+
+
+def _start(run: Run) -> _State:
+    """Optimizer and counters, as new or as the newest checkpoint left them."""
+    parameters = run.model.denoiser.trainable_parameters()
+    spec = run.optimizer
+    adamw = torch.optim.AdamW(
+        parameters, lr=spec.lr, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps, weight_decay=spec.weight_decay
+    )
+    state = _State(run.accelerator.prepare_optimizer(adamw), parameters, Health(run.model.process.num_timesteps))
+    found = checkpoints.load_latest(run.out, identity=run.identity)
+    if found is None:
+        return state
+    run.model.load_trained_state(found.trained)
+    state.adamw.load_state_dict(found.state["optimizer"])
+    run.objective.load_state_dict(found.state["objective"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(found.state["scaler"])
+    state.step, state.position, state.counters = found.step, found.position, dict(found.state["counters"])
+    say(f"going on from step {found.step} of {run.num_steps}")
+    return state
+
+
+def _save(run: Run, state: _State) -> None:
+    scaler = run.accelerator.scaler
+    checkpoint = checkpoints.Checkpoint(
+        step=state.step,
+        position=state.position,
+        trained=run.model.trained_state(),
+        state={
+            "optimizer": state.adamw.state_dict(),
+            "objective": run.objective.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "counters": state.counters,
+        },
+    )
+    checkpoints.save(run.out, checkpoint, identity=run.identity, keep=run.checkpoint.keep)
+
+
+def _micro_batches(run: Run, start: int) -> Iterator[tuple[Batch, Draws]]:
+    """Micro-batches number `start` and on, with their draws, on the device."""
+    device = run.accelerator.device
+    num_timesteps = run.model.process.num_timesteps
+    for batch in batches(run.train_set, run.loader, seed=run.seed, start=start):
+        draws = training_draws(batch, run.timesteps, num_timesteps, seed=run.seed)
+        yield batch.to(device), draws.to(device)
+
+
+def _timed_step(run: Run, state: _State, incoming: Iterator[tuple[Batch, Draws]]) -> tuple[float, float]:
+    """One optimizer step; returns its mean loss and the groups a second, waiting for data included."""
+    started = time.perf_counter()
+    micro = [next(incoming) for _ in range(run.accumulation)]
+    loss = _optimizer_step(run, state, micro)
+    state.step += 1
+    return loss, sum(batch.num_groups for batch, _ in micro) / (time.perf_counter() - started)
+
+
+def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]]) -> float:
+    """One optimizer step on the mean loss over all groups of the micro-batches; returns that mean."""
+    denoiser, objective = run.model.denoiser, run.objective
+    num_groups = sum(batch.num_groups for batch, _ in micro)
+    with run.accelerator.autocast():
+        shared = objective.prepare(denoiser, micro)
+    total = 0.0
+    for batch, draws in micro:
+        with run.accelerator.autocast():
+            output = objective.compute(denoiser, batch, draws, shared)
+        total += _finite_sum(output.loss, batch, draws, state.step)
+        objective.backward(output, 1.0 / num_groups, run.accelerator.backward)
+        state.health.add(output.loss, output.logs)
+        if state.step == 0 and state.position == 0 and "margin" in output.logs:
+            _say_step_zero(output)
+        state.position += 1
+    norm = run.accelerator.clip_grad_norm_(state.parameters, run.optimizer.max_grad_norm or math.inf)
+    _step_unless_non_finite(run, state, float(norm))
+    return total / num_groups
+
+
+def _say_step_zero(output: Output) -> None:
+    largest = float(output.logs["margin"].abs().max())
+    say(f"step 0: loss {float(output.loss.mean()):.6f}, largest |logit| {largest:.3g} (log 2 = 0.693147 and 0 expected)")
+
+
+def _finite_sum(loss: torch.Tensor, batch: Batch, draws: Draws, step: int) -> float:
+    total = float(loss.detach().sum())
+    if math.isfinite(total):
+        return total
+    t = draws.t[torch.cumsum(batch.counts, 0) - 1].tolist()
+    bad = [f"{name} (t={t[row]})" for row, name in enumerate(batch.ids) if not math.isfinite(float(loss[row]))]
+    raise NonFiniteLoss(
+        f"the loss at step {step} is not finite for {', '.join(bad)}: look at these rows, lower optimizer.lr, or use "
+        "precision=bf16 or fp32; the weights were not touched"
+    )
+
+
+def _step_unless_non_finite(run: Run, state: _State, norm: float) -> None:
+    finite = math.isfinite(norm)
+    # fp16: a step with overflown gradients must still reach the scaler, which skips it and lowers its scale.
+    if finite or run.accelerator.scaler is not None:
+        state.adamw.step()
+    state.adamw.zero_grad()
+    if finite:
+        state.health.add_grad_norm(norm)
+        state.counters["skips_in_a_row"] = 0
+        return
+    state.counters["skipped_steps"] += 1
+    state.counters["skips_in_a_row"] += 1
+    if state.counters["skips_in_a_row"] > MAX_SKIPS_IN_A_ROW:
+        raise UserError(
+            f"gradients were not finite {MAX_SKIPS_IN_A_ROW + 1} times in a row, last at step {state.step}: lower "
+            "optimizer.lr or use precision=bf16; the last checkpoint is unharmed"
+        )
+
+
+def _set_learning_rate(adamw: Any, lr: float) -> None:
+    for group in adamw.param_groups:
+        group["lr"] = lr
+
+
+def _train_row(run: Run, state: _State) -> dict[str, Any]:
+    row = state.health.report()
+    rate = learning_rate(run.optimizer, state.step - 1, run.num_steps)
+    return {**row, "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
+
+
+def finish(run: Run, card: str) -> Path:
+    """Writes what was trained to `<out>/adapter`, whole or not at all, with its model card; returns the folder."""
+    folder = run.out / "adapter"
+    with files.atomic_path(folder) as temporary:
+        temporary.mkdir()
+        run.model.save_adapter(str(temporary))
+        files.write_text(temporary / "README.md", card)
+    return folder

@@ -1,0 +1,41 @@
+"""The keyed draws of a batch: timesteps and noise, shared by the images of a group."""
+
+from __future__ import annotations
+
+import torch
+
+from diffalign.common import draws
+from diffalign.data.batches import Batch
+from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.timesteps import TimestepSpec, keyed_uniform, stratified_grid
+
+
+def training_draws(batch: Batch, timesteps: TimestepSpec, num_timesteps: int, *, seed: int) -> Draws:
+    """One timestep and one noise a group, for every image of the group; on the CPU, noise float32.
+
+    Keyed by (seed, example id, epoch): world size, workers and resuming do not change them.
+    """
+    uniforms = [
+        keyed_uniform(seed, "timestep", name, batch.epoch, position=position, strata=timesteps.strata)
+        for name, position in zip(batch.ids, batch.positions.tolist(), strict=True)
+    ]
+    t = timesteps.draw(torch.tensor(uniforms, dtype=torch.float64), num_timesteps)
+    return _per_image(batch, t, [(seed, "noise", name, batch.epoch) for name in batch.ids])
+
+
+def fixed_draws(batch: Batch, num_timesteps: int, num_draws: int, *, seed: int) -> list[Draws]:
+    """`num_draws` stratified draws a group that never change: for held-out measures."""
+    grid = stratified_grid(num_draws, num_timesteps)
+    return [
+        _per_image(
+            batch, grid[k].expand(batch.num_groups), [(seed, "held-out-noise", name, k) for name in batch.ids]
+        )
+        for k in range(num_draws)
+    ]
+
+
+def _per_image(batch: Batch, t_N: torch.Tensor, noise_keys: list[tuple[int | str, ...]]) -> Draws:
+    shape = tuple(batch.latents.shape[1:])
+    noise = torch.stack([draws.normal(shape, *key) for key in noise_keys])
+    counts = batch.counts.cpu()
+    return Draws(t_N.repeat_interleave(counts), noise.repeat_interleave(counts, dim=0))

@@ -1,0 +1,107 @@
+"""How a run is optimised, watched and kept: plain data, quick to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffalign.common.errors import UserError, unknown
+
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass
+class OptimizerSpec:
+    """AdamW and its learning rate.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay of the first and second moment.
+        weight_decay: decoupled, times lr a step.
+        eps: added to the root of the second moment.
+        schedule: after warm-up "constant", "linear" to 0 or "cosine" to 0.
+        warmup_steps: optimizer steps of linear warm-up from 0.
+        max_grad_norm: gradients are scaled down to this global norm; 0: never.
+    """
+
+    lr: float = 1e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"optimizer.lr is {self.lr}: use a value above 0")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(f"optimizer.betas is {self.betas}: give two values in [0, 1), e.g. [0.9,0.999]")
+        if self.schedule not in SCHEDULES:
+            raise unknown("optimizer.schedule", self.schedule, SCHEDULES)
+        if self.warmup_steps < 0:
+            raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}: use 0 or more")
+
+
+@dataclass
+class ValidationSpec:
+    """Held-out implicit accuracy while training.
+
+    Args:
+        share: of the prompts that is held out; 0: no validation.
+        every: optimizer steps between two measurements; the last step is always measured.
+        draws: fixed, stratified (timestep, noise) draws a pair.
+        limit: measure at most so many pairs.
+    """
+
+    share: float = 0.0
+    every: int = 100
+    draws: int = 8
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share < 1.0:
+            raise UserError(f"validation.share is {self.share}: use a share in [0, 1)")
+        if self.every < 1 or self.draws < 1:
+            raise UserError(f"validation.every={self.every}, draws={self.draws}: use 1 or more")
+
+
+@dataclass
+class SampleSpec:
+    """Pictures on fixed prompts and seeds while training.
+
+    Args:
+        prompts: texts to draw; empty: no pictures.
+        every: optimizer steps between two sets of pictures; step 0 and the last step are always drawn.
+        seed: of the initial noise.
+        guidance_scale: null: the pipeline's default.
+        num_inference_steps: null: the pipeline's default.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    every: int = 250
+    seed: int = 0
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"samples.every is {self.every}: use 1 or more")
+
+
+@dataclass
+class CheckpointSpec:
+    """What is kept of a run that may stop at any time.
+
+    Args:
+        every: optimizer steps between two checkpoints; the last step is always kept.
+        keep: how many of the newest stay on disk.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise UserError(f"checkpoint.every={self.every}, keep={self.keep}: use 1 or more")

@@ -1,0 +1,100 @@
+"""What is looked at while training: held-out implicit accuracy and pictures on fixed prompts and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+
+from diffalign.common import files
+from diffalign.common.conditioning import Conditioning
+from diffalign.common.progress import say
+from diffalign.data.cache import EncodedSet
+from diffalign.models._base import Model
+from diffalign.training.implicit import accuracy, judge
+from diffalign.training.metrics import MetricsLog
+from diffalign.training.specs import SampleSpec, ValidationSpec
+
+
+@dataclass
+class Watch:
+    """Measures that change nothing: dropout off, no gradient, no number taken from the global random stream.
+
+    Args:
+        validation: when and how held-out accuracy is measured.
+        heldout: pairs for it; None: not measured.
+        samples: when and which pictures are drawn.
+        embedded: conditioning of the sample prompts, made before the text encoders left memory.
+        out: folder of the run; pictures go to `samples/`.
+        accelerator: device and precision.
+        batch_size: pairs or pictures at once.
+    """
+
+    validation: ValidationSpec
+    heldout: EncodedSet | None
+    samples: SampleSpec
+    embedded: tuple[Conditioning, Conditioning] | None
+    out: Path
+    accelerator: Accelerator
+    batch_size: int
+    _last: dict[str, Any] = field(default_factory=dict)
+
+    def look(self, model: Model, step: int, log: MetricsLog, *, last: bool = False) -> None:
+        """Measures whatever is due at `step`."""
+        if self.heldout is not None and (step % self.validation.every == 0 or last) and step > 0:
+            self._validate(model, step, log)
+        if self.embedded is not None and (step % self.samples.every == 0 or last):
+            self._draw(model, step)
+
+    def summary(self) -> dict[str, Any]:
+        """The last held-out accuracy, if any."""
+        return dict(self._last)
+
+    def _validate(self, model: Model, step: int, log: MetricsLog) -> None:
+        assert self.heldout is not None
+        judgements = list(
+            judge(
+                model.denoiser,
+                self.heldout,
+                num_draws=self.validation.draws,
+                batch_size=self.batch_size,
+                device=self.accelerator.device,
+                context=self.accelerator.autocast,
+            )
+        )
+        interval = accuracy(judgements)
+        margin = sum(judgement.margin() for judgement in judgements) / len(judgements)
+        self._last = {"implicit_accuracy": interval.as_dict()}
+        log.write("validation", step, {**self._last, "error_margin": margin})
+        say(f"step {step}: held-out implicit accuracy {interval}")
+
+    def _draw(self, model: Model, step: int) -> None:
+        assert self.embedded is not None
+        network, spec = model.denoiser.network, self.samples
+        was_training = network.training
+        network.eval()
+        with self.accelerator.autocast():
+            pictures = model.generate(
+                spec.prompts,
+                [spec.seed] * len(spec.prompts),
+                guidance_scale=spec.guidance_scale,
+                num_inference_steps=spec.num_inference_steps,
+                embedded=self.embedded,
+            )
+        model.drop_encoders()
+        network.train(was_training)
+        with files.atomic_path(self.out / "samples" / f"step-{step:08d}.png") as temporary:
+            side_by_side(pictures).save(temporary, format="PNG")
+
+
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """One picture with all of them in a row, tops aligned."""
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    return sheet
