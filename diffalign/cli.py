@@ -58,7 +58,7 @@ _THE_MACHINES_REFUSALS = {
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
 }
-"""Refusals of a file system that a person can mend: no right to write, disk full, a file in a folder's place."""
+"""Refusals of a file system that a person can mend: no right to write, disk full, a file for a folder."""
 
 _EXAMPLES = """\
 Examples:

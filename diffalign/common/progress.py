@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -45,7 +46,8 @@ class Progress:
                 total=self.total,
                 initial=self.initial,
                 unit=f" {self.unit}",
-                dynamic_ncols=True,
+                dynamic_ncols=_has_width(),
+                ncols=None if _has_width() else 100,
                 file=sys.stderr,
             )
         return self
@@ -99,6 +101,14 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def _has_width() -> bool:
+    """Whether the terminal knows its width; one that says 0 would get an empty bar."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _value_text(value: Any) -> str:

@@ -1,0 +1,24 @@
+"""Errors for people are one line and name the nearest match."""
+
+from diffalign.common.errors import Interrupted, UserError, nearest, unknown
+
+
+def test_user_error_is_one_line() -> None:
+    assert str(UserError("first\n  second\tthird")) == "first second third"
+
+
+def test_unknown_names_the_nearest_match_and_everything_known() -> None:
+    error = unknown("objective", "dpoo", ["sft", "dpo"])
+    assert str(error) == "unknown objective 'dpoo': did you mean 'dpo'? known: dpo, sft"
+    assert str(unknown("scorer", "zzz", ["clip"])) == "unknown scorer 'zzz': known: clip"
+    assert str(unknown("scorer", "clip", [])) == "unknown scorer 'clip': known: none"
+
+
+def test_nearest_is_none_when_nothing_is_close() -> None:
+    assert nearest("bta", ["beta", "gamma"]) == "beta"
+    assert nearest("xyz", ["beta", "gamma"]) is None
+
+
+def test_interrupted_passes_through_except_exception() -> None:
+    assert issubclass(Interrupted, KeyboardInterrupt) and not issubclass(Interrupted, Exception)
+    assert Interrupted(15).signal_number == 15

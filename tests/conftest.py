@@ -1,0 +1,27 @@
+"""What every test shares: warnings are errors except those on the commented list."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before any library is imported: the default ring uses no network, and one thread gives equal bits.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ALLOWED = Path(__file__).with_name("allowed_warnings.txt")
+
+
+def allowed_warnings() -> list[tuple[str, str]]:
+    """Returns (category, message regex) of every Python warning on the list."""
+    lines = [line.strip() for line in ALLOWED.read_text(encoding="utf-8").splitlines()]
+    entries = [line.split(":", 2) for line in lines if line.startswith("warning:")]
+    return [(category, message) for _, category, message in entries]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Adds the list to pytest's filters; later filters are stronger than the `error` of pyproject.toml."""
+    for category, message in allowed_warnings():
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category}")
