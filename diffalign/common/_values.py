@@ -97,12 +97,13 @@ def from_text(annotation: Any, text: str) -> Any:
     if _is_container(inner) or (_takes_container(inner) and text.lstrip()[:1] in ("[", "{")):
         try:
             node = compose(text)
-        except yaml.YAMLError as error:
+            if node is not None and not isinstance(node, yaml.ScalarNode):
+                return from_node(annotation, node, literal=True)
+        except (yaml.YAMLError, BadValue) as error:
+            if isinstance(error, BadValue) and not _takes_text(inner):
+                raise
             if not _takes_text(inner):  # "[masterpiece] a cat" is a prompt, not a broken list
                 raise expected(f"{_spoken(annotation)} (in YAML's notation)", text) from error
-            node = None
-        if node is not None and not isinstance(node, yaml.ScalarNode):
-            return from_node(annotation, node, literal=True)
     if _base(inner) in (list, tuple):  # one item without brackets is a list of one
         return [from_text(_item_type(inner, 0), text)] if text else []
     return _scalar(inner, text, literal=True)
@@ -129,6 +130,8 @@ def from_node(annotation: Any, node: yaml.Node, *, literal: bool = False) -> Any
             return node.value  # checked once it is resolved
         if inner in (Any, object):
             return _untyped(node, literal)
+        if _base(inner) in (list, tuple):  # one item without brackets is a list of one
+            return [from_node(_item_type(inner, 0), node, literal=literal)]
         return _scalar(inner, node.value, literal=literal)
     for member in typing.get_args(inner) if typing.get_origin(inner) is Union else (inner,):
         base = _base(member)

@@ -41,13 +41,15 @@ class Progress:
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         if sys.stderr.isatty():
+            sized = _has_size()
             self._bar = tqdm(
                 desc=self.label,
                 total=self.total,
                 initial=self.initial,
                 unit=f" {self.unit}",
-                dynamic_ncols=_has_width(),
-                ncols=None if _has_width() else 100,
+                dynamic_ncols=sized,
+                ncols=None if sized else 100,
+                nrows=None if sized else 20,
                 file=sys.stderr,
             )
         return self
@@ -103,8 +105,8 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _has_width() -> bool:
-    """Whether the terminal knows its width; one that says 0 would get an empty bar."""
+def _has_size() -> bool:
+    """Whether the terminal knows its size; on one that says 0 tqdm would draw nothing."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):
