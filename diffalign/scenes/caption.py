@@ -82,18 +82,18 @@ def parse(text: str) -> Scene:
     match = _PAIR_CAPTION.fullmatch(words)
     if match is None or ("to the" in words and match.group(3) in ("above", "below")):
         raise UserError(
-            f"not a scene caption: {text!r}; write for example 'two small red circles on a white background' or "
-            "'a red circle left of a blue square on a gray background'"
+            f"not a scene caption: {text!r}; write for example 'two small red circles on a white background' "
+            "or 'a red circle left of a blue square on a gray background'"
         )
     colour, shape, relation, other_colour, other_shape, background = match.groups()
     return Scene((SceneObject(shape, colour), SceneObject(other_shape, other_colour)), background, relation)
 
 
 def sample_prompts(n: int, *, seed: int, split: Split) -> list[str]:
-    """`n` different captions of random scenes in plain wording, in random order; equal arguments give equal lists.
+    """`n` different captions of random scenes, plainly worded, shuffled; equal arguments give equal lists.
 
-    Slices of one list are disjoint sets of prompts with the same mix of scenes (the list is shuffled, because rare
-    kinds of scenes run out while it is being filled); lists of two seeds may overlap.
+    Slices of one list are disjoint sets of prompts with the same mix of scenes (the list is shuffled, because
+    rare kinds of scenes run out while it is being filled); lists of two seeds may overlap.
     Raises UserError when n is negative or more than the grammar yields.
     """
     rng = np.random.default_rng([seed, 7])

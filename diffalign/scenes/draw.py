@@ -16,6 +16,7 @@ SUPERSAMPLING = 4
 RADII: dict[str | None, tuple[float, float]] = {"small": (7.0, 8.2), None: (7.5, 12.0), "large": (11.7, 12.8)}
 LARGE_FROM = 10.0  # the radius that divides small from large
 FAULTS: tuple[str, ...] = ("binding", "count", "position", "blur", "clutter")
+RING_HOLE = 0.5  # radius of a ring's hole, as a share of its outer radius
 _GAP = 3.0  # least distance between two objects and between an object and the border
 _QUADRANTS = ((16.5, 16.5), (47.5, 16.5), (16.5, 47.5), (47.5, 47.5))
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -23,7 +24,7 @@ _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "be
 
 @dataclass(frozen=True)
 class Placed:
-    """One object in the picture: centre and radius (half the side of its upright box) in pixels, tilt in radians."""
+    """One object in the picture: centre and radius (about half its width) in pixels, tilt in radians."""
 
     shape: str
     colour: tuple[int, int, int]
@@ -41,9 +42,10 @@ def draw(scene: Scene, rng: np.random.Generator, *, size: int = CANVAS) -> Image
 def draw_faulty(scene: Scene, rng: np.random.Generator, kind: str, *, size: int = CANVAS) -> Image.Image:
     """A picture that breaks the scene in one way, RGB, `size` x `size`.
 
-    kind: "binding" (two objects swap their colours; a lone kind of object takes another colour or shape), "count"
-    (one to three objects more or fewer), "position" (the opposite relation; without a relation one object is cut off
-    by the border), "blur" (gaussian, sigma 3 to 5 px), "clutter" (small pieces and strokes strewn over the picture).
+    kind: "binding" (two objects swap their colours; a lone kind of object takes another colour or shape),
+    "count" (one to three objects more or fewer), "position" (the opposite relation; without a relation one
+    object is cut off by the border), "blur" (gaussian, sigma 3 to 5 px), "clutter" (small pieces and strokes
+    strewn over the picture).
     Raises UserError on another kind.
     """
     if kind == "binding":
@@ -64,7 +66,7 @@ def draw_faulty(scene: Scene, rng: np.random.Generator, kind: str, *, size: int 
 
 
 def outline(shape: str, radius: float, tilt: float = 0.0) -> np.ndarray:
-    """The polygon of a shape around (0, 0): float [n, 2] (x, y), y pointing down. A ring gives its outer circle."""
+    """The polygon of a shape around (0, 0): float [n, 2] (x, y), y down. A ring gives its outer circle."""
     if shape in ("circle", "ring"):
         angles = np.linspace(0.0, 2.0 * math.pi, 48, endpoint=False)
         points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -91,7 +93,21 @@ def outline(shape: str, radius: float, tilt: float = 0.0) -> np.ndarray:
     return radius * points @ turn.T
 
 
-RING_HOLE = 0.5  # radius of a ring's hole, as a share of its outer radius
+def paint(points: np.ndarray, hole: float = 0.0) -> np.ndarray:
+    """The share of each pixel that a polygon around the middle of the canvas covers: float [64, 64] in 0-1.
+
+    hole: radius of a round hole in its middle, px.
+    """
+    side = CANVAS * SUPERSAMPLING
+    image = Image.new("L", (side, side), 0)
+    pen = ImageDraw.Draw(image)
+    for outer, level in ((points, 255), (outline("circle", hole), 0)):
+        if outer is points or hole > 0:
+            pen.polygon(
+                [(float(x) - 0.5, float(y) - 0.5) for x, y in (outer + CANVAS / 2) * SUPERSAMPLING],
+                fill=level,
+            )
+    return np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float64) / 255.0
 
 
 def _layout(scene: Scene, rng: np.random.Generator) -> list[Placed]:
@@ -212,7 +228,7 @@ def _miscounted(scene: Scene, rng: np.random.Generator) -> list[Placed]:
         if rng.random() < 0.5:
             return [placed[int(rng.integers(2))]]
         item = scene.objects[int(rng.integers(2))]
-        return placed + [_place(item, *_free_place(placed, rng), 6.5, rng)]
+        return [*placed, _place(item, *_free_place(placed, rng), 6.5, rng)]
     item = scene.objects[0]
     others = [count for count in range(1, MAX_COUNT + 1) if count != item.count]
     wrong = replace(item, count=others[int(rng.integers(len(others)))])

@@ -1,7 +1,7 @@
 """Scenes as data: vocabulary, held-out combinations, sampling.
 
-A `Scene` holds exactly what its caption says and nothing else (where an object lies is the drawing's business), so
-that `parse(caption(scene)) == scene`.
+A `Scene` holds exactly what its caption says and nothing else (where an object lies is the drawing's
+business), so that `parse(caption(scene)) == scene`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SIZES: tuple[str, ...] = ("small", "large")
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 MAX_COUNT = 4
 
-# Seven of the 48 (colour, shape) combinations; every shape and seven of the eight colours lose one or two, so each
-# word is still seen in training, only not together.
+# Seven of the 48 (colour, shape) combinations; every shape and seven of the eight colours lose one or two, so
+# each word is still seen in training, only not together.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     {
         ("red", "ring"),
@@ -58,7 +58,8 @@ _KIND_SHARES = (0.3, 0.35, 0.35)
 class SceneObject:
     """One kind of object of a scene: `count` equal objects of one shape and colour.
 
-    `size` is "small", "large" or None (the caption does not say). Raises UserError on a value outside the vocabulary.
+    `size` is "small", "large" or None (the caption does not say). Raises UserError on a value outside the
+    vocabulary.
     """
 
     shape: str
@@ -79,8 +80,8 @@ class SceneObject:
 class Scene:
     """What a caption says: one kind of object, or two objects with a relation of the first to the second.
 
-    Raises UserError when objects and relation do not fit together: two objects differ in colour and shape, have count
-    1 and no size word, and carry a relation; one kind of object carries none.
+    Raises UserError when objects and relation do not fit together: two objects differ in colour and shape,
+    have count 1 and no size word, and carry a relation; one kind of object carries none.
     """
 
     objects: tuple[SceneObject, ...]
@@ -93,15 +94,15 @@ class Scene:
             _known("relation", self.relation, RELATIONS)
         if len(self.objects) not in (1, 2) or (len(self.objects) == 2) != (self.relation is not None):
             raise UserError(
-                f"a scene of {len(self.objects)} objects with relation {self.relation!r}: use one object without "
-                "a relation or two objects with one"
+                f"a scene of {len(self.objects)} objects with relation {self.relation!r}: use one object "
+                "without a relation or two objects with one"
             )
         if len(self.objects) == 2:
             first, second = self.objects
             if first.colour == second.colour or first.shape == second.shape:
                 raise UserError(
-                    f"the two objects of a scene are both {first.colour} or both a {first.shape}: use two colours "
-                    "and two shapes"
+                    f"the two objects of a scene are both {first.colour} or both a {first.shape}: use two "
+                    "colours and two shapes"
                 )
             if any(item.count != 1 or item.size is not None for item in self.objects):
                 raise UserError(
@@ -150,7 +151,8 @@ def sample_scene(rng: np.random.Generator, *, split: Split) -> Scene:
         count = 1 if kind == "single" else int(rng.integers(2, MAX_COUNT + 1))
         size = (None, "small", "large")[int(rng.integers(3))]
         return Scene((SceneObject(shape, colour, size, count),), background)
-    # The partner of a held-out combination may be any combination, as a user's prompt would mix known and new.
+    # The partner of a held-out combination may be any combination, as a user's prompt would mix known and
+    # new.
     pool = _POOLS["train" if split == "train" else "any"]
     partners = [(c, s) for c, s in pool if c != colour and s != shape]
     other_colour, other_shape = partners[int(rng.integers(len(partners)))]
