@@ -42,6 +42,7 @@ SUMMARIES = {
     "demo": "walk through all of it with an embedded tiny model",
 }
 
+_PLUG_INS = {"model", "data", "objective", "scorers"}
 OPTIONS = {
     "--config FILE": "read keys from a YAML file; key=value words are stronger",
     "--dry-run": "print the resolved recipe as YAML and stop; nothing is loaded or written",
@@ -245,11 +246,9 @@ def _verb_help(verb: str, documentation: str, rows: Sequence[tuple[str, str, str
         "Keys:\n" + _key_table(described),
         "Options:\n" + _table(list(OPTIONS.items())[:3]),
     ]
-    plug_ins = [key for key, kind, _, _ in rows if "|" in kind and "." not in key]
+    plug_ins = [f"{key}=NAME" for key, _, _, _ in rows if key in _PLUG_INS]
     if plug_ins:
-        parts.insert(
-            3, "The keys of a plug-in are listed with its name: " + f"diffalign {verb} KEY=NAME --help"
-        )
+        parts.insert(3, f"For the keys of a plug-in name it: diffalign {verb} {' '.join(plug_ins)} --help")
     shown = textwrap.indent(textwrap.dedent(examples.strip("\n")), "  ") if examples.strip() else ""
     parts.append("Examples:\n" + (shown or f"  diffalign {verb} --dry-run"))
     return "\n\n".join(parts)

@@ -72,7 +72,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._printed_count != self.count:
+        elif self._printed_count != self.count and (error is None or self.count != self.initial):
             self._print_line(time.monotonic())
 
     def _print_line(self, now: float) -> None:

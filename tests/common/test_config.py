@@ -44,25 +44,25 @@ class Plugin:
         if self.beta <= 0:
             raise ValueError(f"beta={self.beta}: must be positive")
 '''
-OTHER = '''
+OTHER = """
 from dataclasses import dataclass
 @dataclass
 class Plugin:
     gamma: float = 10.0
-'''
-SCORER = '''
+"""
+SCORER = """
 from dataclasses import dataclass
 @dataclass
 class Plugin:
     path: str
     version: str = "1"
-'''
-PLAIN = '''
+"""
+PLAIN = """
 from dataclasses import dataclass
 @dataclass
 class Plugin:
     scale: str = "share"
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,21 @@ def test_defaults_become_arguments() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["off", "0123", "a: b", "null", "~", "1e-5", "[x", "{a: 1}", "# no comment", " spaced ", "a=b", "'q'", "x,y"]
+    [
+        "off",
+        "0123",
+        "a: b",
+        "null",
+        "~",
+        "1e-5",
+        "[x",
+        "{a: 1}",
+        "# no comment",
+        " spaced ",
+        "a=b",
+        "'q'",
+        "x,y",
+    ]
     + ["${oc.env:HOME}", r"\${x}", "a\\", r"${a} \\ ${b}\\", "\\\\${", "tab\there", "猫"],
 )
 def test_a_text_stays_as_typed(text: str) -> None:
@@ -210,7 +224,10 @@ def test_words_are_read_by_their_type(word: str, value: Any) -> None:
         ("objective.beta=-1", "objective: beta=-1.0: must be positive"),
         ("objective.bta=1", "unknown key of objective t_loss 'bta': did you mean 'beta'? known: beta, form"),
         ("objective.made=1", "unknown key of objective t_loss 'made': known: beta, form"),
-        ("objective.form=papr", "objective.form=papr: expected one of code, paper, found 'papr': did you mean"),
+        (
+            "objective.form=papr",
+            "objective.form=papr: expected one of code, paper, found 'papr': did you mean",
+        ),
         ("objective=t_los", "unknown objective 't_los': did you mean 't_loss'?"),
         ("objective=null", "objective=null: objective is needed, name one of"),
         ("objective=[t_loss]", "objective=[t_loss]: objective: expected one name, from"),

@@ -48,6 +48,15 @@ def test_the_last_line_comes_after_an_error_too(capsys: pytest.CaptureFixture[st
     ]
 
 
+def test_an_error_before_the_first_unit_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError), Progress("read", 9, "rows"):
+        raise ValueError
+    assert capsys.readouterr().err == ""
+    with Progress("read", 9, "rows", initial=9):
+        pass
+    assert capsys.readouterr().err == "read: 9/9 rows, 0.0 rows/s\n"
+
+
 def test_say_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     say("hello")
     assert capsys.readouterr() == ("", "hello\n")
