@@ -101,7 +101,7 @@ class Adapter:
             raise ValueError(f"rank={self.rank}: must be at least 1")
 
 
-def stage(
+def stage(  # noqa: D417 (a key without a note is allowed)
     *,
     out: str,
     objective: Annotated[Any, One("objectives")] = "t_loss",
@@ -150,21 +150,22 @@ def test_defaults_become_arguments() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "off",
-        "0123",
-        "a: b",
-        "null",
-        "~",
-        "1e-5",
-        "[x",
-        "{a: 1}",
-        "# no comment",
-        " spaced ",
-        "a=b",
-        "'q'",
-        "x,y",
-    ]
-    + ["${oc.env:HOME}", r"\${x}", "a\\", r"${a} \\ ${b}\\", "\\\\${", "tab\there", "猫"],
+        *(
+            "off",
+            "0123",
+            "a: b",
+            "null",
+            "~",
+            "1e-5",
+            "[x",
+            "{a: 1}",
+            "# no comment",
+            " spaced ",
+            "a=b",
+            "'q'",
+        ),
+        *("${oc.env:HOME}", r"\${x}", "a\\", r"${a} \\ ${b}\\", "\\\\${", "tab\there", "x,y", "\u732b"),
+    ],
 )
 def test_a_text_stays_as_typed(text: str) -> None:
     assert load(f"text={text}").arguments["text"] == text
