@@ -1,0 +1,58 @@
+"""The whole street on an embedded tiny model: draw, grade, pair, align, draw again, compare.
+
+A tiny SDXL that ships with the package draws scenes of coloured shapes and is often wrong. Its own pictures are graded
+exactly, the best and the worst of each prompt become a preference pair, a LoRA is trained on the pairs, and base and
+aligned model are compared on prompts with combinations that neither was trained on. No GPU and no network are needed.
+
+Examples:
+    diffalign demo
+    diffalign demo quick=true
+    diffalign demo out=runs/demo seed=1
+    diffalign demo objective=sft out=runs/demo-sft
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from diffalign.common.config import One, make_one, resolved_recipe
+from diffalign.common.errors import UserError, unknown
+
+EMBEDDED = ("tiny-sdxl", "tiny-clip")
+
+
+def embedded(name: str) -> Path:
+    """The folder of an embedded model: "tiny-sdxl" (a diffusers pipeline) or "tiny-clip" (an open_clip model)."""
+    if name not in EMBEDDED:
+        raise unknown("embedded model", name, EMBEDDED)
+    folder = Path(str(resources.files("diffalign.demo") / "weights" / name))
+    if not folder.is_dir():
+        raise UserError(
+            f"the embedded model {name} is missing from this installation: install diffalign again"
+        )
+    return folder
+
+
+def demo(
+    *,
+    out: str = "diffalign-demo",
+    quick: bool = False,
+    objective: Annotated[Any, One("objectives")] = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Returns the report: win rate with its interval, accuracy of base and aligned, differences by kind of clause.
+
+    Args:
+        out: folder of the demo, below the current one by default; every stage leaves its files in it.
+        quick: a smaller walk, for a first look and for tests.
+        objective: what is trained; null: Diffusion-DPO with the settings chosen for the tiny model.
+        seed: of prompts' order, pictures and training.
+    """
+    recipe = resolved_recipe(demo, locals())
+    chosen = None if objective is None else make_one("objectives", objective)
+
+    from diffalign.demo.walk import QUICK, WHOLE, walk
+
+    return walk(Path(out), QUICK if quick else WHOLE, objective=chosen, seed=seed, recipe=recipe)

@@ -9,6 +9,7 @@ from diffalign.common import plugins
 if TYPE_CHECKING:
     from diffalign.models._base import Model
 
+
 def load_model(name: str, path: str, *, device: str = "cpu", **options: Any) -> Model:
     """The backbone `name` ("sd", "sdxl") with the weights at `path`, a pipeline folder or hub id.
 

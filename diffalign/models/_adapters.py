@@ -67,7 +67,9 @@ def add_frozen_copy(network: nn.Module, name: str) -> None:
     config = network.peft_config[TRAINED]
     plain = {**config.to_dict(), "lora_dropout": 0.0}
     network.add_adapter(type(config)(**_known_fields(type(config), plain)), adapter_name=name)
-    set_peft_model_state_dict(network, get_peft_model_state_dict(network, adapter_name=TRAINED), adapter_name=name)
+    set_peft_model_state_dict(
+        network, get_peft_model_state_dict(network, adapter_name=TRAINED), adapter_name=name
+    )
     _to_float32(network)
     activate(network, TRAINED)
 
@@ -127,7 +129,9 @@ def read_adapter(
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the adapter {path}: {first}") from error
     if not state or not all("lora" in key for key in state):
-        raise UserError(f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote")
+        raise UserError(
+            f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote"
+        )
     _check_fits(state, network, path)
     return state, alphas, metadata
 
@@ -171,4 +175,6 @@ def _remeasure_magnitudes(network: nn.Module) -> None:
 
 
 def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"}
+    return {
+        key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"
+    }

@@ -78,6 +78,10 @@ class Model(Protocol):
         """Writes what was trained, so that plain diffusers loads it."""
         ...
 
+    def load_policy(self, path: str) -> None:
+        """Makes what a run saved at `path` the policy "train", and the base its reference."""
+        ...
+
     def load_adapter(self, path: str, *, weight: float = 1.0, name: str | None = None) -> None:
         """Adds an adapter for generation; several add up."""
         ...

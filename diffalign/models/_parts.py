@@ -43,8 +43,12 @@ class Parts:
     def __getitem__(self, name: str) -> Any:
         """The part `name`, frozen, in evaluation mode."""
         if name not in self._loaded:
-            self._loaded[name] = self._load(name)
+            self._loaded[name] = self._load(name, *self.source(name))
         return self._loaded[name]
+
+    def load_as(self, name: str, path: str) -> Any:
+        """Another instance of the part `name`, from the folder `path/name`; the caller keeps it."""
+        return self._load(name, path, name)
 
     def drop(self, *names: str) -> None:
         """Frees parts; they load again on the next use."""
@@ -68,7 +72,9 @@ class Parts:
         path, subfolder = self.source(name)
         cls = getattr(diffusers, self.index[name][1], None)
         if cls is None:
-            raise UserError(f"{self.spec.path}: its {name} is a {self.index[name][1]}, which diffusers does not have")
+            raise UserError(
+                f"{self.spec.path}: its {name} is a {self.index[name][1]}, which diffusers does not have"
+            )
         revision = self.spec.revision if path == self.spec.path else None
         try:
             return dict(cls.load_config(path, subfolder=subfolder, revision=revision))
@@ -89,9 +95,13 @@ class Parts:
         path = Path(self.spec.path)
         if path.is_file():
             raise UserError(f"model.path {path} is a file: give a diffusers pipeline folder or a hub id")
-        looks_local = path.is_absolute() or self.spec.path.startswith((".", "~")) or self.spec.path.count("/") != 1
+        looks_local = (
+            path.is_absolute() or self.spec.path.startswith((".", "~")) or self.spec.path.count("/") != 1
+        )
         if not path.is_dir() and looks_local:
-            raise UserError(f"model.path {self.spec.path} does not exist: give a diffusers pipeline folder or a hub id")
+            raise UserError(
+                f"model.path {self.spec.path} does not exist: give a diffusers pipeline folder or a hub id"
+            )
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline")
         try:
@@ -99,13 +109,12 @@ class Parts:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the pipeline {self.spec.path}: {_first_line(error)}") from error
 
-    def _load(self, name: str) -> Any:
+    def _load(self, name: str, path: str, subfolder: str | None) -> Any:
         library, class_name = self.index[name]
         cls = getattr(importlib.import_module(library), class_name)
-        path, subfolder = self.source(name)
-        options: dict[str, Any] = {"subfolder": subfolder or ""} if library == "transformers" else {
-            "subfolder": subfolder
-        }
+        options: dict[str, Any] = (
+            {"subfolder": subfolder or ""} if library == "transformers" else {"subfolder": subfolder}
+        )
         if path == self.spec.path:
             options["revision"] = self.spec.revision
         if hasattr(cls, "parameters"):

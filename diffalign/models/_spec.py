@@ -14,6 +14,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Our names of torch dtypes; text, so that reading a recipe does not import torch."""
 Dtype = Literal["fp32", "bf16", "fp16"]
 
+
 @dataclass
 class ModelSpec:
     """Which weights a backbone runs on.
@@ -88,6 +89,10 @@ class AdapterSpec:
         if self.alpha is not None and not self.alpha > 0:
             raise UserError(f"adapter.alpha is {self.alpha}: use a value above 0")
         if not self.targets:
-            raise UserError("adapter.targets is empty: name the layers, e.g. adapter.targets=[to_q,to_k,to_v,to_out.0]")
+            raise UserError(
+                "adapter.targets is empty: name the layers, e.g. adapter.targets=[to_q,to_k,to_v,to_out.0]"
+            )
         if self.kind == "full" and self.init is not None:
-            raise UserError("adapter.init is set with adapter.kind=full: use kind=lora, or model.unet for a full UNet")
+            raise UserError(
+                "adapter.init is set with adapter.kind=full: use kind=lora, or model.unet for a full UNet"
+            )

@@ -22,7 +22,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 def write_sdxl(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None:
     """Writes a random SDXL pipeline for 32-pixel images (latents 4 x 16 x 16)."""
     torch.manual_seed(seed)
-    text, tokenizer = _text_config(16), _tokenizer()
+    text, words = _text_config(16), tokenizer()
     text_2 = _text_config(16, projection=24)
     unet = UNet2DConditionModel(
         **_unet_config(cross_attention_dim=32),
@@ -34,8 +34,8 @@ def write_sdxl(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None
         vae=_vae(),
         text_encoder=CLIPTextModel(text),
         text_encoder_2=CLIPTextModelWithProjection(text_2),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
+        tokenizer=words,
+        tokenizer_2=words,
         unet=unet,
         scheduler=EulerDiscreteScheduler(**BETAS, **scheduler_options),
     ).save_pretrained(folder)
@@ -47,7 +47,7 @@ def write_sd(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None:
     StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config(32)),
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         unet=UNet2DConditionModel(**_unet_config(cross_attention_dim=32)),
         scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, **scheduler_options),
         safety_checker=None,
@@ -99,7 +99,7 @@ def _text_config(width: int, projection: int | None = None) -> CLIPTextConfig:
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
+def tokenizer() -> CLIPTokenizer:
     """A byte-level CLIP tokenizer without merges: 128 ASCII symbols, each with and without the end-of-word mark."""
     symbols = [chr(code) for code in range(33, 127)]
     words = symbols + [f"{symbol}</w>" for symbol in symbols]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -121,7 +122,9 @@ class UNetModel:
 
     def pipeline(self, *names: str) -> Any:
         """A diffusers pipeline that holds the parts `names` and the scheduler; the other parts are None."""
-        held = {name: self.parts[name] if name in names else None for name in (*self.encoder_parts, "vae", "unet")}
+        held = {
+            name: self.parts[name] if name in names else None for name in (*self.encoder_parts, "vae", "unet")
+        }
         pipeline = self.pipeline_class(**held, scheduler=self.parts["scheduler"], **self._pipeline_options())
         pipeline.vae_scale_factor = self.latent_scale
         pipeline.set_progress_bar_config(disable=True)
@@ -164,7 +167,9 @@ class UNetModel:
             raise UserError(f"height={height}, width={width}: both must be multiples of {self.size_multiple}")
         cond, negative = embedded or self.embed_for_generation(prompts, negative_prompt)
         shape = (self.latent_channels, height // self.latent_scale, width // self.latent_scale)
-        noise = torch.stack([draws.normal(shape, "initial", *key) for key in zip(prompts, seeds, strict=True)])
+        noise = torch.stack(
+            [draws.normal(shape, "initial", *key) for key in zip(prompts, seeds, strict=True)]
+        )
         pipeline = self.pipeline("unet")
         if scheduler is not None:
             pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
@@ -241,6 +246,17 @@ class UNetModel:
         else:
             self.network.save_pretrained(f"{folder}/unet")
 
+    def load_policy(self, path: str) -> None:
+        """Makes what a run saved at `path` (LoRA or full UNet) the policy "train", and the base its reference."""
+        denoiser = self.denoiser
+        if (Path(path) / "unet").is_dir():
+            denoiser.policies[REFERENCE] = FrozenCopy(self.network)
+            denoiser.network = self.parts.load_as("unet", path)
+            return
+        _adapters.add_from_file(self.network, self.pipeline_class, path, dropout=0.0)
+        denoiser.policies[REFERENCE] = Adapters()
+        self.network.requires_grad_(False)
+
     def load_adapter(self, path: str, *, weight: float = 1.0, name: str | None = None) -> None:
         """Adds a LoRA for generation; several add up, each with its weight."""
         _adapters.read_adapter(self.pipeline_class, path, self.network)
@@ -253,7 +269,9 @@ class UNetModel:
 
     def fingerprint(self) -> str:
         """Identity of UNet, VAE, text encoders and prediction type: equal weights give equal fingerprints."""
-        return recipe_identity({name: self.parts.identity(name) for name in (*self.encoder_parts, "vae", "unet")})
+        return recipe_identity(
+            {name: self.parts.identity(name) for name in (*self.encoder_parts, "vae", "unet")}
+        )
 
 
 def scheduler_class(name: str) -> Any:
@@ -264,7 +282,9 @@ def scheduler_class(name: str) -> Any:
     """
     import diffusers
 
-    known = sorted(entry for entry in dir(diffusers) if entry.endswith("Scheduler") and not entry.startswith("Flax"))
+    known = sorted(
+        entry for entry in dir(diffusers) if entry.endswith("Scheduler") and not entry.startswith("Flax")
+    )
     if name not in known:
         raise unknown("scheduler", name, known)
     return getattr(diffusers, name)

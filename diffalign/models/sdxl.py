@@ -56,9 +56,13 @@ class SDXL(UNetModel):
     def check_family(self, unet_config: dict[str, Any]) -> None:
         """Refuses UNets without SDXL's pooled-text and size conditioning, and the refiner."""
         if unet_config.get("addition_embed_type") != "text_time":
-            raise UserError(f"the UNet of {self.spec.path} takes no size conditioning, so it is not SDXL: use model=sd")
+            raise UserError(
+                f"the UNet of {self.spec.path} takes no size conditioning, so it is not SDXL: use model=sd"
+            )
         if self.parts.index.get("requires_aesthetics_score"):
-            raise UserError(f"{self.spec.path} is an SDXL refiner, which is conditioned otherwise: use the base")
+            raise UserError(
+                f"{self.spec.path} is an SDXL refiner, which is conditioned otherwise: use the base"
+            )
 
     def _pipeline_options(self) -> dict[str, Any]:
         zeros = self.parts.index.get("force_zeros_for_empty_prompt", True)

@@ -4,7 +4,7 @@ Scales (`scale`):
     share       share of the caption's clauses that are right, 0 to 1
     accurate    1 where every clause is right, else 0
 
-Parts: for each kind of clause (object, colour, count, position, other) the share of its clauses that are
+Parts: `accurate` (as above), and for each kind of clause (object, colour, count, position, other) the share of its clauses that are
 right; NaN where the caption has no clause of that kind. A prompt that is no scene caption gives NaN and
 says so in `errors`.
 """
@@ -63,9 +63,10 @@ class Plugin(Scorer):
                 errors.append(str(error))
                 continue
             value = result.score if self.scale == "share" else float(result.accurate)
-            rows.append({"": value, **result.by_kind()})
+            rows.append({"": value, "accurate": float(result.accurate), **result.by_kind()})
             errors.append(None)
-        columns = {name: torch.tensor([row.get(name, math.nan) for row in rows]) for name in ("", *KINDS)}
+        names = ("", "accurate", *KINDS)
+        columns = {name: torch.tensor([row.get(name, math.nan) for row in rows]) for name in names}
         values = columns.pop("")
         return Scores(values, parts=columns, errors=errors)
 

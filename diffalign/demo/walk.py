@@ -1,0 +1,179 @@
+"""The walk through all stages on the embedded models; each step is the stage that users run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign.common import files, manifest
+from diffalign.common.progress import say
+from diffalign.data.loader import LoaderSpec
+from diffalign.data.sources.jsonl import Plugin as Preferences
+from diffalign.demo import embedded
+from diffalign.models._spec import AdapterSpec
+from diffalign.models.sdxl import Plugin as SDXL
+from diffalign.objectives._base import Objective
+from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
+from diffalign.scenes import sample_prompts
+from diffalign.scorers.clip import Plugin as CLIP
+from diffalign.scorers.scene import Plugin as SceneScorer
+from diffalign.stages.evaluate import evaluate
+from diffalign.stages.generate import generate
+from diffalign.stages.pair import pair
+from diffalign.stages.score import score
+from diffalign.stages.train import train
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec
+
+PROMPT_SEED = 20
+"""Prompts are the same in every demo: `seed` changes pictures and training only."""
+
+TUNING_PROMPTS = 250
+"""Held-out prompts that settings were chosen on; the report never uses them."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything a walk makes.
+
+    Args:
+        train_prompts: prompts whose pictures become pairs.
+        pictures: seeds a training prompt is drawn with; the best is paired against the worst.
+        test_prompts: held-out prompts that base and aligned model are compared on.
+        test_seeds: pictures a test prompt.
+        sampler_steps: denoising steps of every picture.
+        guidance: scale of classifier-free guidance of every picture.
+        batch_size: pictures drawn at once.
+        pairs_per_step: pairs in one optimizer step.
+        num_steps: optimizer steps.
+        lr: learning rate, after a short warm-up.
+        rank: of the LoRA.
+    """
+
+    train_prompts: int = 256
+    pictures: int = 4
+    test_prompts: int = 100
+    test_seeds: int = 2
+    sampler_steps: int = 16
+    guidance: float = 3.0
+    batch_size: int = 32
+    pairs_per_step: int = 16
+    num_steps: int = 100
+    lr: float = 3e-4
+    rank: int = 16
+
+
+WHOLE = Size()
+QUICK = Size(train_prompts=64, test_prompts=24, test_seeds=1, num_steps=25)
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+"""The tiny network has little attention, so its convolutions get adapters too."""
+
+
+def train_prompts(count: int) -> list[str]:
+    """Prompts of combinations that the base was trained on."""
+    return sample_prompts(count, seed=PROMPT_SEED, split="train")
+
+
+def held_out_prompts(count: int, *, tuning: bool = False) -> list[str]:
+    """Prompts with combinations that nothing was trained on; those for tuning and for the report are disjoint."""
+    everything = sample_prompts(TUNING_PROMPTS + 250, seed=PROMPT_SEED, split="heldout")
+    return everything[:TUNING_PROMPTS][:count] if tuning else everything[TUNING_PROMPTS:][:count]
+
+
+def walk(
+    out: Path, size: Size, *, objective: Objective | None, seed: int, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """Runs every stage below `out` and returns the report; steps that are already complete are not done again."""
+    say("1/6 the base model draws its own training pictures")
+    prompts = train_prompts(size.train_prompts)
+    draw(out / "1-pictures", prompts, seeds=[seed * 1000 + k for k in range(size.pictures)], size=size)
+    say("2/6 the pictures are graded, exactly")
+    grade(out / "2-graded", out / "1-pictures")
+    say("3/6 best against worst of each prompt")
+    if manifest.read_manifest(out / "3-pairs") is None:
+        pair(images=str(out / "2-graded"), out=str(out / "3-pairs"), by="scene", how="best_worst")
+    say("4/6 a LoRA learns from the pairs")
+    align(out / "4-run", out / "3-pairs", size, objective=objective, seed=seed)
+    say("5/6 base and aligned model draw held-out combinations")
+    test = held_out_prompts(size.test_prompts)
+    seeds = [900_000 + k for k in range(size.test_seeds)]
+    for name, adapter in (("base", None), ("aligned", out / "4-run" / "adapter")):
+        draw(out / f"5-{name}", test, seeds=seeds, size=size, adapter=adapter)
+        grade(out / f"5-{name}-graded", out / f"5-{name}")
+    say("6/6 the comparison")
+    result = compare(out / "6-report", out / "5-base-graded", out / "5-aligned-graded")
+    report = {**headline(result), "recipe": recipe, "result": result}
+    files.write_json(out / "report.json", report)
+    say(f"report: {out / 'report.json'}\npictures: {out / '6-report' / 'grid.png'}")
+    return report
+
+
+def base_model() -> SDXL:
+    """The embedded SDXL."""
+    return SDXL(path=str(embedded("tiny-sdxl")))
+
+
+def draw(
+    out: Path,
+    prompts: list[str],
+    *,
+    seeds: list[int],
+    size: Size,
+    adapter: Path | None = None,
+    weight: float = 1.0,
+) -> None:
+    """Pictures of the prompts by the base, or with an adapter."""
+    generate(
+        model=base_model(),
+        prompts=prompts,
+        seeds=seeds,
+        out=str(out),
+        adapter=None if adapter is None else str(adapter),
+        adapter_weight=weight,
+        guidance_scale=size.guidance,
+        num_inference_steps=size.sampler_steps,
+        batch_size=size.batch_size,
+    )
+
+
+def grade(out: Path, pictures: Path) -> None:
+    """Scores of the exact grader."""
+    score(images=str(pictures), scorers={"scene": SceneScorer()}, out=str(out), batch_size=64)
+
+
+def align(out: Path, pairs: Path, size: Size, *, objective: Objective | None, seed: int) -> None:
+    """Trains the LoRA on the pairs."""
+    train(
+        model=base_model(),
+        data=Preferences(path=str(pairs / "preferences.jsonl")),
+        out=str(out),
+        objective=objective or DiffusionDPO(beta=2000.0),
+        adapter=AdapterSpec(rank=size.rank, targets=list(TARGETS)),
+        loader=LoaderSpec(batch_size=size.pairs_per_step, caption_dropout=0.1),
+        optimizer=OptimizerSpec(lr=size.lr, warmup_steps=min(10, size.num_steps // 4)),
+        checkpoint=CheckpointSpec(every=50, keep=1),
+        num_steps=size.num_steps,
+        seed=seed,
+    )
+
+
+def compare(out: Path, base: Path, aligned: Path) -> dict[str, Any]:
+    """The report of `evaluate` on two graded folders, with drift and diversity measured by tiny-clip."""
+    report = evaluate(
+        base=str(base), aligned=str(aligned), out=str(out), embedder=CLIP(path=str(embedded("tiny-clip")))
+    )
+    return dict(files.read_json(report))
+
+
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """What the demo is judged by, from the report of `evaluate`."""
+    accurate = result["rewards"]["scene"]["parts"]["accurate"]
+    return {
+        "win_rate": result["win_rate"],
+        "interval": result["interval"],
+        "n": result["n"],
+        "accuracy_base": accurate["base"],
+        "accuracy_aligned": accurate["aligned"],
+        "accuracy_difference": accurate["difference"],
+    }

@@ -1,0 +1,210 @@
+"""What a training step costs beyond the network itself.
+
+    python scripts/bench_step.py                                  # embedded tiny-sdxl, LoRA
+    python scripts/bench_step.py --full-size /tmp/sdxl --resolution 256 --rank 8 --batch 1 --steps 3 --dtype bf16
+
+On the same tensors, in turn and in one process: our optimizer step (data, draws, policy and reference, backward,
+clipping, AdamW, health) and the bare network (policy forward + backward, reference forward). Also reported: what the
+step would cost if VAE and text encoders ran in it, peak memory, and for --full-size the peak of loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.common.conditioning import Conditioning
+from diffalign.common.manifest import versions
+from diffalign.data.batches import Batch
+from diffalign.data.cache import EncodedSet, Example
+from diffalign.data.loader import LoaderSpec
+from diffalign.demo import embedded
+from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.timesteps import TimestepSpec
+from diffalign.models._base import Model
+from diffalign.models._spec import AdapterSpec
+from diffalign.models.sdxl import Plugin as SDXL
+from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
+from diffalign.training import loop
+from diffalign.training.setup import accelerator_for
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec, SampleSpec, ValidationSpec
+from diffalign.training.watch import Watch
+
+
+def main() -> None:
+    """Prints the figures as JSON."""
+    arguments = parse()
+    if arguments.full_size:
+        import full_size
+
+        full_size.write(Path(arguments.full_size), whole_encoders=False)
+    path = arguments.full_size or str(embedded("tiny-sdxl"))
+    accelerator = accelerator_for(arguments.dtype)
+    before = peak_gb()
+    model = SDXL(path=path, dtype=arguments.dtype, gradient_checkpointing=arguments.checkpointing).load(
+        str(accelerator.device)
+    )
+    size = arguments.resolution or model.default_resolution
+    encoded = random_set(model, size, count=4 * arguments.batch)
+    on_the_fly = encoding_seconds(model, size, 2 * arguments.batch)
+    model.drop_encoders()
+    network = model.denoiser.network
+    network_gb = sum(p.numel() * p.element_size() for p in network.parameters()) / 1e9
+    loading = {"network_gb": network_gb, "peak_gb_before": before, "peak_gb_after_loading": peak_gb()}
+    model.start_training(AdapterSpec(rank=arguments.rank), seed=0, with_reference=True)
+    run = make_run(model, encoded, arguments, accelerator)
+    figures = compare(run, arguments.steps)
+    figures |= {
+        "encoding_on_the_fly_s": on_the_fly,
+        "on_the_fly_over_step": (figures["step_s"] + on_the_fly) / figures["step_s"],
+        "peak_gb": peak_gb(),
+        **loading,
+        "device": str(accelerator.device),
+        "threads": torch.get_num_threads(),
+        "settings": vars(arguments),
+        "versions": versions(),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full-size", default=None, help="folder for SDXL at true size with random weights")
+    parser.add_argument("--resolution", type=int, default=None, help="pixels (default: the base's own)")
+    parser.add_argument("--batch", type=int, default=8, help="pairs a step")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=15, help="counted steps, after one that is not")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    return parser.parse_args()
+
+
+def random_set(model: Model, size: int, count: int) -> EncodedSet:
+    """Random latents under one encoded prompt, with the shapes of real ones."""
+    side = size // model.latent_scale
+    images = [torch.randn(4, side, side) for _ in range(2 * count)]
+    sizes = model.size_conditioning((size, size), (0, 0), (size, size))
+    examples = [
+        Example(f"row-{k}", "a red ring", (2 * k, 2 * k + 1), (size, size), 1.0, (sizes, sizes))
+        for k in range(count)
+    ]
+    prompts: Conditioning = model.encode_prompts(["a red ring"]).to("cpu")
+    dropped = model.encode_dropped_prompt().to("cpu")
+    return EncodedSet(
+        examples, images, [0.1 * image.abs() for image in images], {"a red ring": 0}, prompts, dropped
+    )
+
+
+def encoding_seconds(model: Model, size: int, count: int) -> float:
+    """Median seconds to encode a step's pictures and prompts."""
+    pictures = torch.rand(count, 3, size, size)
+
+    def encode() -> None:
+        model.encode_images(pictures)
+        model.encode_prompts(["a red ring"] * (count // 2))
+
+    return statistics.median(timed(encode) for _ in range(3))
+
+
+def make_run(model: Model, encoded: EncodedSet, arguments: argparse.Namespace, accelerator: Any) -> loop.Run:
+    """A run of the loop as `diffalign train` makes it."""
+    out = Path("unused")
+    return loop.Run(
+        model=model,
+        objective=DiffusionDPO(beta=5000.0),
+        train_set=encoded,
+        out=out,
+        identity="",
+        accelerator=accelerator,
+        num_steps=1000,
+        accumulation=1,
+        seed=0,
+        log_every=10,
+        loader=LoaderSpec(batch_size=arguments.batch, caption_dropout=0.1),
+        timesteps=TimestepSpec(),
+        optimizer=OptimizerSpec(lr=1e-6),
+        checkpoint=CheckpointSpec(),
+        watch=Watch(ValidationSpec(), None, SampleSpec(), None, out, accelerator, 1),
+    )
+
+
+def compare(run: loop.Run, steps: int) -> dict[str, Any]:
+    """Seconds of our step and of the bare network, in turn; the ratio is the median of neighbours'."""
+    state = loop._start(run)
+    incoming = loop._micro_batches(run, 0)
+    ours, bare = [], []
+    for index in range(steps + 1):
+        started = time.perf_counter()
+        micro = next(incoming)
+        loop._timed_step(run, state, iter([micro]))
+        synchronize(run)
+        middle = time.perf_counter()
+        bare_seconds = bare_network(run, *micro)
+        if index:
+            ours.append(middle - started)
+            bare.append(bare_seconds)
+    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+    return {
+        "step_s": statistics.median(ours),
+        "bare_network_s": statistics.median(bare),
+        "step_over_bare": statistics.median(ratios),
+        "ratios": ratios,
+        "pairs_per_s": run.loader.batch_size / statistics.median(ours),
+    }
+
+
+def bare_network(run: loop.Run, batch: Batch, draws: Draws) -> float:
+    """Seconds of policy forward + backward and reference forward; tensors and policies are made outside."""
+    denoiser = run.model.denoiser
+    x_t = denoiser.process.add_noise(batch.latents, draws.noise, draws.t)
+
+    def forward() -> Tensor:
+        with run.accelerator.autocast():
+            return denoiser.predict(x_t, draws.t, batch.cond)
+
+    with denoiser.policy("reference"), torch.no_grad():
+        synchronize(run)
+        seconds = timed(forward)
+        synchronize(run)
+    started = time.perf_counter()
+    forward().float().square().mean().backward()
+    synchronize(run)
+    seconds += time.perf_counter() - started
+    for parameter in denoiser.trainable_parameters():
+        parameter.grad = None
+    return seconds
+
+
+def timed(function: Any) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def synchronize(run: loop.Run) -> None:
+    """Waits for the GPU, if there is one."""
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_gb() -> float:
+    """Peak memory of the process (GPU memory where there is one)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()
