@@ -78,6 +78,7 @@ def open_towers(
         path: folder, weight file, hub id, or (with `arch`) one of open_clip's tags.
         arch: open_clip's name of the architecture, for weights that do not say it themselves.
         revision: of a hub id.
+        device: where the towers go.
 
     Raises:
         UserError: nothing usable is at `path`, or weights and architecture do not fit.
@@ -269,7 +270,7 @@ def check_end_token(ids: torch.Tensor, end: int | None, name: str) -> None:
     if end is not None and largest != end:
         raise UserError(
             f"clip weights {name} read the text's feature at the largest token id ({largest}), but the end "
-            f"token is {end}: set the end token's id in the model's config, or give the end token the largest id"
+            f"token is {end}: set its id in the model's config, or give it the largest id"
         )
 
 

@@ -1,0 +1,135 @@
+"""One picture that shows what the numbers mean: the biggest wins, the biggest losses and a random middle."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from diffalign.data.records import BadImage
+from diffalign.evaluation.pairs import Pair, Shot
+
+SIDE = 224
+"""Side of the square that a picture is fitted into."""
+
+_GAP, _MARGIN = 10, 18
+_CAPTION_LINES = 3
+_PAPER, _INK, _FAINT, _EMPTY = (255, 255, 255), (25, 25, 25), (110, 110, 110), (225, 225, 225)
+_BETTER, _WORSE = (15, 120, 50), (185, 35, 30)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One column of the grid: a title and the pairs below it."""
+
+    title: str
+    pairs: list[Pair]
+
+
+def choose(
+    pairs: Sequence[Pair], scorer: str, *, rows: int, seed: int = 0, higher_is_better: bool = True
+) -> list[Section]:
+    """Returns the sections: biggest wins, random middle, biggest losses; each prompt shown at most once.
+
+    Args:
+        pairs: matched pairs; those without both scores are left out.
+        scorer: decides what a win is.
+        rows: pairs in a section; fewer where there are not so many wins or losses.
+        seed: of the random choice.
+        higher_is_better: of the scorer.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    gains = [(sign * (pair.aligned.value(scorer) - pair.base.value(scorer)), pair) for pair in pairs]
+    ordered = sorted((g for g in gains if np.isfinite(g[0])), key=lambda item: -item[0])
+    shown: set[str] = set()
+
+    def take(candidates: list[tuple[float, Pair]]) -> list[Pair]:
+        taken: list[Pair] = []
+        for _, pair in candidates:
+            if len(taken) < rows and pair.base.prompt not in shown:
+                taken.append(pair)
+                shown.add(pair.base.prompt)
+        return taken
+
+    wins = take([item for item in ordered if item[0] > 0])
+    losses = take([item for item in reversed(ordered) if item[0] < 0])
+    order = np.random.default_rng([seed, 11]).permutation(len(ordered))
+    middle = take([ordered[index] for index in order])
+    return [Section("Biggest wins", wins), Section("Random", middle), Section("Biggest losses", losses)]
+
+
+def draw_grid(
+    sections: Sequence[Section], scorer: str, *, title: str = "", higher_is_better: bool = True
+) -> Image.Image:
+    """Returns the grid: one column a section, one row a pair: base | aligned, prompt above, scores below."""
+    fonts = {size: ImageFont.load_default(size) for size in (13, 14, 17, 20)}
+    kept = [section for section in sections if section.pairs]
+    block_width = 2 * SIDE + _GAP
+    caption_height = _CAPTION_LINES * 18 + 4
+    block_height = caption_height + SIDE + 34
+    top = _MARGIN + (34 if title else 0) + 34
+    count = max((len(section.pairs) for section in kept), default=0)
+    width = 2 * _MARGIN + max(len(kept), 1) * block_width + max(len(kept) - 1, 0) * 3 * _MARGIN
+    sheet = Image.new("RGB", (width, top + count * (block_height + _GAP) + _MARGIN), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    if title:
+        pen.text(
+            (_MARGIN, _MARGIN), _fitted(title, fonts[20], width - 2 * _MARGIN), fill=_INK, font=fonts[20]
+        )
+    for column, section in enumerate(kept):
+        left = _MARGIN + column * (block_width + 3 * _MARGIN)
+        pen.text((left, top - 30), section.title, fill=_INK, font=fonts[17])
+        for row, pair in enumerate(section.pairs):
+            place = top + row * (block_height + _GAP)
+            caption = _wrapped(pair.base.prompt, fonts[14], block_width)
+            seed = "" if pair.base.seed is None else f"  (seed {pair.base.seed})"
+            pen.multiline_text((left, place), caption + seed, fill=_INK, font=fonts[14], spacing=4)
+            for index, shot in enumerate((pair.base, pair.aligned)):
+                x, y = left + index * (SIDE + _GAP), place + caption_height
+                sheet.paste(_tile(shot), (x, y))
+                text, colour = _verdict(pair, index, scorer, higher_is_better)
+                pen.text((x, y + SIDE + 4), text, fill=colour, font=fonts[14])
+    return sheet
+
+
+def _verdict(pair: Pair, index: int, scorer: str, higher_is_better: bool) -> tuple[str, tuple[int, int, int]]:
+    """Returns the line under a picture and its colour."""
+    base, aligned = pair.base.value(scorer), pair.aligned.value(scorer)
+    if index == 0:
+        return f"base  {base:.3f}", _FAINT
+    gain = aligned - base if higher_is_better else base - aligned
+    colour = _BETTER if gain > 0 else _WORSE if gain < 0 else _FAINT
+    return f"aligned  {aligned:.3f}  ({aligned - base:+.3f})", colour
+
+
+def _tile(shot: Shot) -> Image.Image:
+    """Returns the picture inside a square; small ones are enlarged without smoothing: pixels stay true."""
+    tile = Image.new("RGB", (SIDE, SIDE), _EMPTY)
+    try:
+        picture = shot.image.open()
+    except BadImage:
+        ImageDraw.Draw(tile).text((10, SIDE // 2 - 8), "cannot be read", fill=_FAINT)
+        return tile
+    scale = SIDE / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    tile.paste(picture.resize(size, method), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    return tile
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Returns the prompt in at most three lines; a cut one ends with dots."""
+    line = " ".join(text.split())
+    characters = max(10, int(width / max(font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27, 1)))
+    wrapped = textwrap.wrap(line, characters, max_lines=_CAPTION_LINES, placeholder=" ...")
+    return "\n".join(_fitted(part, font, width) for part in wrapped)
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Returns the text, cut where it would leave the width."""
+    while text and font.getlength(text) > width:
+        text = text[:-4] + "..." if len(text) > 4 else ""
+    return text

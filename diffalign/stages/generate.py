@@ -1,0 +1,287 @@
+"""Draw pictures: prompts x seeds, from a base model with any number of adapters.
+
+Writes OUT/images/*.png and one row a picture to OUT/images.jsonl. The same command again goes on where a
+killed run stopped, and draws pictures that were removed. The noise a picture starts from depends on its
+prompt and seed alone, so runs with different adapters are comparable picture by picture.
+
+Examples:
+    diffalign generate model=sdxl model.path=stabilityai/stable-diffusion-xl-base-1.0 \\
+        prompts="a red cube" out=base
+    diffalign generate model=sd model.path=sd15 prompts=PartiPrompts.tsv column=Prompt seeds=[0,1] out=base
+    diffalign generate model=sdxl model.path=sdxl adapter=runs/dpo/adapter prompts=prompts.txt out=aligned
+    diffalign generate model=sdxl model.path=sdxl prompts="[a cat, a dog]" out=inked \\
+        adapters="{dpo: {path: runs/dpo/adapter}, ink: {path: ink, weight: 0.6}}" \\
+        scheduler=DPMSolverMultistepScheduler num_inference_steps=20
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from diffalign.common.config import One, make_one, resolved_recipe
+from diffalign.common.errors import UserError
+
+if TYPE_CHECKING:
+    from diffalign.data.prompts import Prompt
+
+ROWS = "images.jsonl"
+PICTURES = "images"
+SETTINGS = (
+    "negative_prompt",
+    "guidance_scale",
+    "num_inference_steps",
+    "height",
+    "width",
+    "scheduler",
+)
+"""The arguments that a model's `generate` takes as they are."""
+
+
+@dataclass
+class AdapterUse:
+    """One adapter to draw with.
+
+    Args:
+        path: folder, file or hub id of a LoRA.
+        weight: how strongly it acts; 1 as it was trained, 0 not at all.
+    """
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw; `image` is its path below the output folder."""
+
+    prompt: Prompt
+    seed: int
+    image: str
+
+
+def generate(
+    *,
+    model: Annotated[Any, One("models")],
+    prompts: str | list[str],
+    out: str,
+    column: str | None = None,
+    limit: int | None = None,
+    seeds: list[int] | None = None,
+    adapter: str | None = None,
+    adapter_weight: float = 1.0,
+    adapters: dict[str, AdapterUse] | None = None,
+    negative_prompt: str | None = None,
+    guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str | None = None,
+    batch_size: int = 4,
+    device: str = "auto",
+) -> Path:
+    """Returns the path of the written images.jsonl.
+
+    Args:
+        model: the base model.
+        prompts: a text, a list of texts, or a file: .txt (one a line), .tsv, .csv, .jsonl, .json.
+        out: folder for the pictures, images.jsonl and the manifest.
+        column: of the prompts' file; by default the one called prompt, caption or text.
+        limit: use the first so many prompts only.
+        seeds: each prompt is drawn once per seed; null: [0].
+        adapter: one LoRA: its folder, file or hub id.
+        adapter_weight: how strongly `adapter` acts.
+        adapters: several LoRAs at once, name -> {path, weight}.
+        negative_prompt: what guidance leads away from, for all prompts.
+        guidance_scale: strength of classifier-free guidance; 1 or less: none; null: the pipeline's default.
+        num_inference_steps: denoising steps; null: the pipeline's default.
+        height: of the pictures in pixels; null: the base's own.
+        width: of the pictures in pixels; null: the base's own.
+        scheduler: class name of a diffusers scheduler; null: the base's own.
+        batch_size: pictures drawn at a time.
+        device: auto | cpu | cuda | cuda:1 ...
+
+    Raises:
+        UserError: bad prompts, model, adapter or settings, or `out` holds something else.
+    """
+    from diffalign.common import manifest
+    from diffalign.common.progress import say
+    from diffalign.data.prompts import load_prompts
+    from diffalign.stages import _run
+
+    recipe = resolved_recipe(generate, locals())
+    uses = _adapter_uses(adapter, adapter_weight, adapters)
+    seeds = [0] if seeds is None else list(seeds)
+    _check_settings(seeds, scheduler, guidance_scale, num_inference_steps, batch_size)
+    asked = load_prompts(prompts, column=column, limit=limit)
+    spec = make_one("models", model)
+    loaded = spec.load(_run.pick_device(device))
+    _check_size(loaded, height, width)
+    for name, use in uses.items():
+        loaded.load_adapter(use.path, weight=use.weight, name=name)
+    settings = {name: recipe[name] for name in SETTINGS}
+    same = {
+        "prompts": [[prompt.id, prompt.text] for prompt in asked],
+        "seeds": seeds,
+        "model": {**recipe["model"], "path": loaded.fingerprint()},
+        "adapters": {name: [_content(use.path), use.weight] for name, use in uses.items()},
+        **settings,
+    }
+    jobs = [Job(prompt, seed, f"{PICTURES}/{prompt.id}-s{seed}.png") for prompt in asked for seed in seeds]
+    inputs = {"model": spec.path, **{f"adapter {name}": use.path for name, use in uses.items()}}
+    if isinstance(prompts, str):
+        inputs["prompts"] = prompts
+    with _run.resumable_folder(out, stage="generate", recipe=recipe, same=same) as folder:
+        found = _draw(loaded, jobs, folder, settings, {"model": _model_label(spec.path, uses)}, batch_size)
+        if found == len(jobs) and manifest.read_manifest(folder) is not None:
+            say(f"{folder} is complete: {found} pictures, nothing to do")
+        else:
+            counts = {"prompts": len(asked), "seeds": len(seeds), "pictures": len(jobs), "found": found}
+            manifest.write_manifest(folder, stage="generate", recipe=recipe, inputs=inputs, counts=counts)
+        return folder / ROWS
+
+
+def _draw(
+    model: Any,
+    jobs: list[Job],
+    folder: Path,
+    settings: dict[str, Any],
+    labels: dict[str, Any],
+    batch_size: int,
+) -> int:
+    """Draws the pictures that are not there yet, each with its row; returns how many were there."""
+    from diffalign.common import files
+    from diffalign.common.progress import Progress
+
+    done = _finished_rows(folder, jobs)
+    with Progress("generate", len(jobs), "pictures", initial=len(done)) as progress:
+        for batch in _batches(jobs, batch_size, done):
+            texts, seeds = [job.prompt.text for job in batch], [job.seed for job in batch]
+            pictures = model.generate(texts, seeds, **settings)
+            fresh = [pair for pair in zip(batch, pictures, strict=True) if pair[0].image not in done]
+            for job, picture in fresh:
+                with files.atomic_path(folder / job.image) as temporary:
+                    picture.save(temporary, format="PNG")
+            rows = [_row(job, picture, {**settings, **labels}) for job, picture in fresh]
+            files.append_jsonl(folder / ROWS, rows)
+            progress.update(len(fresh))
+    return len(done)
+
+
+def _adapter_uses(
+    adapter: str | None, weight: float, adapters: dict[str, AdapterUse] | None
+) -> dict[str, AdapterUse]:
+    """Returns name -> adapter, whichever way they were given."""
+    if adapter is not None and adapters:
+        raise UserError("adapter= and adapters= are both set: put all into adapters={name: {path, weight}}")
+    if adapter is not None:
+        return {"adapter": AdapterUse(adapter, weight)}
+    if weight != 1.0:
+        raise UserError(
+            f"adapter_weight={weight} without adapter=: give the adapter, or leave the weight out"
+        )
+    uses = {
+        name: use if isinstance(use, AdapterUse) else AdapterUse(**use)
+        for name, use in (adapters or {}).items()
+    }
+    for name in uses:
+        if not name.isidentifier():
+            raise UserError(
+                f"adapters: the name '{name}' is used inside the network: write it like a variable"
+            )
+    return uses
+
+
+def _check_settings(
+    seeds: list[int],
+    scheduler: str | None,
+    guidance_scale: float | None,
+    num_inference_steps: int | None,
+    batch_size: int,
+) -> None:
+    """Raises UserError for values that no model can draw with."""
+    if not seeds:
+        raise UserError("seeds is empty: give at least one, for example seeds=[0]")
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise UserError(f"seeds holds {twice[0]} twice: the two pictures would be equal")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: give a number of pictures of at least 1")
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise UserError(f"num_inference_steps={num_inference_steps}: give at least 1")
+    if guidance_scale is not None and not 0 <= guidance_scale < float("inf"):
+        raise UserError(f"guidance_scale={guidance_scale}: give a number of at least 0")
+    if scheduler is not None:
+        from diffalign.models._unet import scheduler_class
+
+        scheduler_class(scheduler)
+
+
+def _check_size(model: Any, height: int | None, width: int | None) -> None:
+    """Raises UserError for a picture size that the model's network cannot take."""
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size < 1 or size % model.size_multiple):
+            raise UserError(f"{name}={size}: give a multiple of {model.size_multiple}")
+
+
+def _content(path: str) -> Any:
+    """Returns what identifies an adapter: its files' content, or the hub id."""
+    from diffalign.common import files
+
+    return files.file_identity(path) if Path(path).exists() else path
+
+
+def _model_label(path: str, uses: dict[str, AdapterUse]) -> str:
+    """Returns what rows call the model: "sdxl-base", "sdxl-base + runs/dpo", "sd15 + ink * 0.6"."""
+    parts = [Path(path).name]
+    for use in uses.values():
+        parts.append(use.path if use.weight == 1.0 else f"{use.path} * {use.weight:g}")
+    return " + ".join(parts)
+
+
+def _finished_rows(folder: Path, jobs: list[Job]) -> set[str]:
+    """Returns the pictures that are there with their rows; rows without a picture leave the file."""
+    from diffalign.common import files
+
+    path = folder / ROWS
+    files.trim_torn_tail(path)
+    (folder / PICTURES).mkdir(exist_ok=True)
+    files.remove_leftovers(folder / PICTURES)
+    if not path.exists():
+        return set()
+    rows = files.read_jsonl(path)
+    wanted = {job.image for job in jobs}
+    kept = {
+        row["image"]: row for row in rows if row.get("image") in wanted and (folder / row["image"]).is_file()
+    }
+    if len(kept) < len(rows):
+        files.write_jsonl(path, kept.values())
+    return set(kept)
+
+
+def _batches(jobs: list[Job], size: int, done: set[str]) -> Iterator[list[Job]]:
+    """Yields the batches in which a picture is missing, always cut at the same places.
+
+    A batch with one missing picture is drawn whole: a picture's last bits depend on its batch.
+    """
+    for start in range(0, len(jobs), size):
+        batch = jobs[start : start + size]
+        if any(job.image not in done for job in batch):
+            yield batch
+
+
+def _row(job: Job, picture: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row of images.jsonl."""
+    return {
+        "id": f"{job.prompt.id}-s{job.seed}",
+        "image": job.image,
+        "prompt": job.prompt.text,
+        "prompt_id": job.prompt.id,
+        "seed": job.seed,
+        **settings,
+        "width": picture.width,
+        "height": picture.height,
+        "meta": job.prompt.meta,
+    }
