@@ -2,11 +2,11 @@
 
     python scripts/accept_pairs.py --train TRAIN.parquet --judge VALIDATION.parquet --out runs/pairs
 
-Both files have the Pick-a-Pic layout; a side whose `model_0`/`model_1` says "degraded" tells the kind of pair:
-"wrong-concept", or a degradation of the same picture. Every seed is a run of `diffalign train`, resumable; the report
-(`report.json`, `report.md`) gives accuracy with 95 % intervals (bootstrap over pairs, the seeds of a pair kept
-together) for each kind, beside the same networks judged under shuffled captions, by the base's error alone, and by
-which picture is sharper.
+Both files have the Pick-a-Pic layout; a side whose `model_0`/`model_1` says "degraded" tells the kind of
+pair: "wrong-concept", or a degradation of the same picture. Every seed is a run of `diffalign train`,
+resumable; the report (`report.json`, `report.md`) gives accuracy with 95 % intervals (bootstrap over pairs,
+the seeds of a pair kept together) for each kind, beside the same networks judged under shuffled captions, by
+the base's error alone, and by which picture is sharper.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def train_seed(arguments: argparse.Namespace, seed: int) -> float:
 
 
 def judge_seed(arguments: argparse.Namespace, pairs: list[Pair], seed: int) -> list[dict[str, Any]]:
-    """One row a decided pair: right under its own caption, under a shuffled one, by base error, by sharpness."""
+    """One row a decided pair: right under its own caption, under a shuffled one, by base error, by
+    sharpness.
+    """
     backbone = base_spec(arguments).load()
     encoded = encode_pairs(pairs, backbone, preprocess(arguments), unit="pair", seed=0)
     backbone.drop_encoders()
@@ -205,7 +207,7 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def as_markdown(report: dict[str, Any]) -> str:
     """The tables for people."""
     lines = [
-        "| pairs | n | aligned, own caption | aligned, shuffled captions | lower error under base | sharper picture |",
+        "| pairs | n | aligned | aligned, shuffled captions | lower error under base | sharper picture |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in report["tables"].items():

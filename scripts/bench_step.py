@@ -1,11 +1,12 @@
 """What a training step costs beyond the network itself.
 
-    python scripts/bench_step.py                                  # embedded tiny-sdxl, LoRA
-    python scripts/bench_step.py --full-size /tmp/sdxl --resolution 256 --rank 8 --batch 1 --steps 3 --dtype bf16
+    python scripts/bench_step.py                                        # embedded tiny-sdxl, LoRA
+    python scripts/bench_step.py --full-size /tmp/sdxl --resolution 256 --rank 8 --batch 1 --steps 3
 
-On the same tensors, in turn and in one process: our optimizer step (data, draws, policy and reference, backward,
-clipping, AdamW, health) and the bare network (policy forward + backward, reference forward). Also reported: what the
-step would cost if VAE and text encoders ran in it, peak memory, and for --full-size the peak of loading.
+On the same tensors, in turn and in one process: our optimizer step (data, draws, policy and reference,
+backward, clipping, AdamW, health) and the bare network (policy forward + backward, reference forward). Also
+reported: what the step would cost if VAE and text encoders ran in it, peak memory, and for --full-size the
+peak of loading.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""SDXL at its true size with random weights: nothing to download, every shape and cost as in the real thing."""
+"""SDXL at its true size with random weights: nothing to download, every shape and cost as in the real
+thing.
+"""
 
 from __future__ import annotations
 

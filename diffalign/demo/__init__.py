@@ -1,8 +1,9 @@
 """The whole street on an embedded tiny model: draw, grade, pair, align, draw again, compare.
 
-A tiny SDXL that ships with the package draws scenes of coloured shapes and is often wrong. Its own pictures are graded
-exactly, the best and the worst of each prompt become a preference pair, a LoRA is trained on the pairs, and base and
-aligned model are compared on prompts with combinations that neither was trained on. No GPU and no network are needed.
+A tiny SDXL that ships with the package draws scenes of coloured shapes and is often wrong. Its own pictures
+are graded exactly, the best and the worst of each prompt become a preference pair, a LoRA is trained on the
+pairs, and base and aligned model are compared on prompts with combinations that neither was trained on. No
+GPU and no network are needed.
 
 Examples:
     diffalign demo
@@ -24,7 +25,7 @@ EMBEDDED = ("tiny-sdxl", "tiny-clip")
 
 
 def embedded(name: str) -> Path:
-    """The folder of an embedded model: "tiny-sdxl" (a diffusers pipeline) or "tiny-clip" (an open_clip model)."""
+    """The folder of an embedded model: "tiny-sdxl" (diffusers) or "tiny-clip" (open_clip)."""
     if name not in EMBEDDED:
         raise unknown("embedded model", name, EMBEDDED)
     folder = Path(str(resources.files("diffalign.demo") / "weights" / name))
@@ -42,7 +43,8 @@ def demo(
     objective: Annotated[Any, One("objectives")] = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Returns the report: win rate with its interval, accuracy of base and aligned, differences by kind of clause.
+    """Returns the report: win rate with its interval, accuracy of base and aligned, differences by kind of
+    clause.
 
     Args:
         out: folder of the demo, below the current one by default; every stage leaves its files in it.

@@ -25,6 +25,9 @@ from diffalign.stages.score import score
 from diffalign.stages.train import train
 from diffalign.training.specs import CheckpointSpec, OptimizerSpec
 
+BETA = 2000.0
+"""Of Diffusion-DPO on the tiny model, chosen on the tuning prompts."""
+
 PROMPT_SEED = 20
 """Prompts are the same in every demo: `seed` changes pictures and training only."""
 
@@ -76,7 +79,9 @@ def train_prompts(count: int) -> list[str]:
 
 
 def held_out_prompts(count: int, *, tuning: bool = False) -> list[str]:
-    """Prompts with combinations that nothing was trained on; those for tuning and for the report are disjoint."""
+    """Prompts with combinations that nothing was trained on; those for tuning and for the report are
+    disjoint.
+    """
     everything = sample_prompts(TUNING_PROMPTS + 250, seed=PROMPT_SEED, split="heldout")
     return everything[:TUNING_PROMPTS][:count] if tuning else everything[TUNING_PROMPTS:][:count]
 
@@ -84,7 +89,9 @@ def held_out_prompts(count: int, *, tuning: bool = False) -> list[str]:
 def walk(
     out: Path, size: Size, *, objective: Objective | None, seed: int, recipe: dict[str, Any]
 ) -> dict[str, Any]:
-    """Runs every stage below `out` and returns the report; steps that are already complete are not done again."""
+    """Runs every stage below `out` and returns the report; steps that are already complete are not done
+    again.
+    """
     say("1/6 the base model draws its own training pictures")
     prompts = train_prompts(size.train_prompts)
     draw(out / "1-pictures", prompts, seeds=[seed * 1000 + k for k in range(size.pictures)], size=size)
@@ -148,7 +155,7 @@ def align(out: Path, pairs: Path, size: Size, *, objective: Objective | None, se
         model=base_model(),
         data=Preferences(path=str(pairs / "preferences.jsonl")),
         out=str(out),
-        objective=objective or DiffusionDPO(beta=2000.0),
+        objective=objective or DiffusionDPO(beta=BETA),
         adapter=AdapterSpec(rank=size.rank, targets=list(TARGETS)),
         loader=LoaderSpec(batch_size=size.pairs_per_step, caption_dropout=0.1),
         optimizer=OptimizerSpec(lr=size.lr, warmup_steps=min(10, size.num_steps // 4)),

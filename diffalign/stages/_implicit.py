@@ -28,7 +28,8 @@ def evaluate_implicit(
     limit: int | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Returns the summary, after writing one row a pair to `implicit.jsonl` and the summary to `implicit.json`.
+    """Returns the summary, after writing one row a pair to `implicit.jsonl` and the summary to
+    `implicit.json`.
 
     Args:
         model: the base.

@@ -1,0 +1,225 @@
+"""The demo at the size that settles it: several training seeds on held-out prompts.
+
+    python scripts/accept_demo.py --out runs/accept-demo                  # 250 prompts x 2, 5 training seeds
+    python scripts/accept_demo.py --out runs/tune --tune --seeds 1        # settings, on the tuning prompts
+
+Every step is a stage that goes on where it stopped, so the same command may be repeated. `report.json` and
+`report.md` give the pooled win rate by the exact grader (ties half, bootstrap over prompts with the seeds of
+a prompt kept together), accuracy, each kind of clause, diversity, and the same for SFT on the winners and for
+best-of-2 of the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.common import files, manifest
+from diffalign.common.manifest import versions
+from diffalign.common.statistics import paired_difference, win_rate
+from diffalign.demo import walk
+from diffalign.objectives._base import Objective
+from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
+from diffalign.objectives.sft import Plugin as SFT
+from diffalign.stages.pair import pair
+
+KINDS = ("accurate", "object", "colour", "count", "position")
+BEST_OF = 2
+
+
+def main() -> None:
+    """Tunes or accepts, and writes the report."""
+    arguments = parse()
+    out = Path(arguments.out)
+    size = replace(
+        walk.WHOLE,
+        **{
+            name: value
+            for name in ("num_steps", "lr", "rank", "pairs_per_step", "train_prompts", "guidance")
+            if (value := getattr(arguments, name)) is not None
+        },
+    )
+    prompts = walk.held_out_prompts(arguments.prompts, tuning=arguments.tune)
+    seeds = [900_000 + k for k in range(arguments.picture_seeds)]
+    base = graded(out / "base", prompts, seeds, size)
+    second = graded(out / "base-again", prompts, [seed + 500 for seed in seeds], size)
+    methods: dict[str, list[dict[str, Any]]] = {"dpo": [], "sft": []}
+    seconds: list[float] = []
+    for seed in range(arguments.seeds):
+        started = time.perf_counter()
+        pairs = preferences(out / f"seed-{seed}", size, seed)
+        for name, objective in objectives(arguments).items():
+            folder = out / f"seed-{seed}" / f"{name}-{tag(arguments, size)}"
+            walk.align(folder / "run", pairs, size, objective=objective, seed=seed)
+            aligned = graded(folder / "test", prompts, seeds, size, adapter=folder / "run" / "adapter")
+            methods[name].append(judged(folder / "report", base, aligned))
+        seconds.append(time.perf_counter() - started)
+    report = {
+        "settings": {**vars(arguments), **vars(size)},
+        "base_accuracy": mean(rows_of(base), "accurate"),
+        "methods": {name: pooled(results, base) for name, results in methods.items() if results},
+        "best_of_2": best_of(base, second),
+        "seconds_per_seed": seconds,
+        "versions": versions(),
+    }
+    files.write_json(out / f"report-{tag(arguments, size)}.json", report)
+    text = as_markdown(report)
+    files.write_text(out / f"report-{tag(arguments, size)}.md", text)
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; the defaults are those of the acceptance run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--tune", action="store_true", help="use the tuning prompts")
+    parser.add_argument("--prompts", type=int, default=250)
+    parser.add_argument("--picture-seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5, help="training seeds")
+    parser.add_argument("--beta", type=float, default=None)
+    parser.add_argument("--num-steps", type=int, default=None)
+    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--rank", type=int, default=None)
+    parser.add_argument("--pairs-per-step", type=int, default=None)
+    parser.add_argument("--train-prompts", type=int, default=None)
+    parser.add_argument("--guidance", type=float, default=None)
+    parser.add_argument("--no-sft", action="store_true")
+    return parser.parse_args()
+
+
+def tag(arguments: argparse.Namespace, size: walk.Size) -> str:
+    """Names a setting, so that several share the folder and its pictures."""
+    beta = arguments.beta or walk.BETA
+    return f"b{beta:g}-lr{size.lr:g}-s{size.num_steps}-r{size.rank}-n{size.pairs_per_step}"
+
+
+def objectives(arguments: argparse.Namespace) -> dict[str, Objective]:
+    """What is trained on the same pairs."""
+    chosen: dict[str, Objective] = {"dpo": DiffusionDPO(beta=arguments.beta or walk.BETA)}
+    return chosen if arguments.no_sft else {**chosen, "sft": SFT()}
+
+
+def preferences(out: Path, size: walk.Size, seed: int) -> Path:
+    """Pictures of the training prompts, graded and paired; the folder of the pairs."""
+    picture_seeds = [seed * 1000 + k for k in range(size.pictures)]
+    scored = graded(out / "train", walk.train_prompts(size.train_prompts), picture_seeds, size)
+    if manifest.read_manifest(out / "pairs") is None:
+        pair(images=str(scored), out=str(out / "pairs"), by="scene", how="best_worst")
+    return out / "pairs"
+
+
+def graded(
+    out: Path, prompts: list[str], seeds: list[int], size: walk.Size, adapter: Path | None = None
+) -> Path:
+    """The folder of the grades of freshly drawn pictures."""
+    walk.draw(out, prompts, seeds=seeds, size=size, adapter=adapter)
+    scored = out.with_name(f"{out.name}-graded")
+    walk.grade(scored, out)
+    return scored
+
+
+def judged(out: Path, base: Path, aligned: Path) -> dict[str, Any]:
+    """The report of `evaluate`, with the rows of the aligned pictures."""
+    return {**walk.compare(out, base, aligned), "rows": rows_of(aligned)}
+
+
+def rows_of(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """(prompt, seed) -> the grader's numbers, NaN where a caption has no such clause."""
+    rows = {}
+    for row in files.read_jsonl(folder / "scores.jsonl"):
+        score = row["scores"]["scene"]
+        parts = {name: np.nan if score["parts"][name] is None else score["parts"][name] for name in KINDS}
+        rows[row["prompt"], row["seed"]] = {"share": score["value"], **parts}
+    return rows
+
+
+def mean(rows: dict[tuple[str, int], dict[str, float]], name: str) -> float:
+    """Mean of one number over the pictures that have it."""
+    return float(np.nanmean([row[name] for row in rows.values()]))
+
+
+def pooled(results: list[dict[str, Any]], base: Path) -> dict[str, Any]:
+    """All training seeds together; a prompt is one cluster across them."""
+    before = rows_of(base)
+    keys = [key for _ in results for key in before]
+    theirs = [result["rows"][key] for result in results for key in before]
+    ours = [before[key] for key in keys]
+    prompts = [prompt for prompt, _ in keys]
+    per_seed = [
+        {
+            "win_rate": result["win_rate"],
+            "accuracy": mean(result["rows"], "accurate"),
+            "vendi": result["drift"],
+        }
+        for result in results
+    ]
+    return {
+        "win_rate": win_rate(
+            [r["share"] for r in theirs], [r["share"] for r in ours], clusters=prompts
+        ).as_dict(),
+        "parts": {name: difference(theirs, ours, prompts, name) for name in KINDS},
+        "per_seed": per_seed,
+    }
+
+
+def difference(
+    theirs: list[dict[str, float]], ours: list[dict[str, float]], prompts: list[str], name: str
+) -> dict[str, Any]:
+    """Aligned minus base of one number, with its interval over prompts."""
+    has = [index for index, row in enumerate(ours) if not np.isnan(row[name])]
+    gap = paired_difference(
+        [theirs[i][name] for i in has], [ours[i][name] for i in has], clusters=[prompts[i] for i in has]
+    )
+    return {
+        "base": float(np.mean([ours[i][name] for i in has])),
+        "aligned": float(np.mean([theirs[i][name] for i in has])),
+        "difference": gap.as_dict(),
+    }
+
+
+def best_of(base: Path, second: Path) -> dict[str, Any]:
+    """The base drawn twice, the better picture by the grader kept: what picking alone buys."""
+    first, again = rows_of(base), rows_of(second)
+    prompts = [prompt for prompt, _ in first]
+    pairs = list(zip(first.values(), again.values(), strict=True))
+    best = [max(pair, key=lambda row: (row["share"], row["accurate"])) for pair in pairs]
+    ours = list(first.values())
+    return {
+        "win_rate": win_rate(
+            [r["share"] for r in best], [r["share"] for r in ours], clusters=prompts
+        ).as_dict(),
+        "parts": {name: difference(best, ours, prompts, name) for name in KINDS},
+    }
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The tables for people."""
+    lines = ["| method | win rate | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
+    for name, row in {**report["methods"], "best of 2": report["best_of_2"]}.items():
+        cells = [name, _interval(row["win_rate"])]
+        cells += [f"{part['base']:.3f} {_signed(part['difference'])}" for part in row["parts"].values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Accuracy and win rate of each training seed:", ""]
+    for name, row in report["methods"].items():
+        seeds = ", ".join(f"{s['accuracy']:.3f} ({s['win_rate']:.3f})" for s in row["per_seed"])
+        lines.append(f"- {name}: {seeds}; base {report['base_accuracy']:.3f}")
+    return "\n".join([*lines, ""])
+
+
+def _interval(value: dict[str, Any]) -> str:
+    return f"{value['estimate']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _signed(value: dict[str, Any]) -> str:
+    return f"{value['estimate']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+if __name__ == "__main__":
+    main()
