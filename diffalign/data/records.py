@@ -1,0 +1,388 @@
+"""The preference record: one prompt, its candidate pictures and what is known about them.
+
+A pair is two candidates, a ranked list k, an unpaired example one. On disk a record is one line of a jsonl
+file:
+
+    {"id": "a1", "prompt": "a red cube", "source": "mine", "candidates": [
+        {"image": "a1-0.png", "label": 1.0, "model": "base", "seed": 0,
+         "scores": {"clip": {"value": 0.31, "scale": "cosine", "version": "ViT-B-32/openai"}}},
+        {"image": "a1-1.png", "label": 0.0}]}
+
+Optional: `condition`, `user` and `meta` of the record; `prompt`, `condition`, `model`, `seed`,
+    `scores`,
+`label`, `rank` and `votes` of a candidate. Picture paths are relative to the folder of the file. Labels
+of a pair sum to 1; 0.5 and 0.5 is a tie. Fields that are not listed here are kept as they are (`extra`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffalign.common import files
+from diffalign.common.errors import UserError
+
+__all__ = [
+    "BadImage",
+    "BadLabel",
+    "Candidate",
+    "ImageRef",
+    "Record",
+    "Score",
+    "read_records",
+    "write_records",
+]
+
+EXIF_ORIENTATION = 0x0112
+LABEL_TOLERANCE = 1e-6
+
+
+class BadImage(UserError):
+    """A picture that cannot be used.
+
+    Attributes:
+        name: which picture (a path, or row and column).
+        reason: `missing_image` (no bytes, no file), `corrupt_image` (bytes that do not decode completely)
+            or `tiny_image` (a side below the asked minimum).
+    """
+
+    def __init__(self, name: str, reason: str, detail: str) -> None:
+        super().__init__(f"picture {name}: {detail}")
+        self.name = name
+        self.reason = reason
+
+
+class BadLabel(UserError):
+    """A pair whose labels are no preference: NaN, outside [0, 1], only one of two, or not summing to 1."""
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where the bytes of a picture come from: a file (`path`), memory (`data`), or nowhere (both None).
+
+    `name` is what messages call the picture; by default the path.
+    """
+
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", str(self.path) if self.path is not None else "(in memory)")
+
+    def read(self) -> bytes:
+        """Returns the encoded bytes. Raises BadImage (missing_image) when there are none."""
+        if self.data is not None:
+            if not self.data:
+                raise BadImage(self.name, "missing_image", "has no bytes")
+            return self.data
+        if self.path is None:
+            raise BadImage(self.name, "missing_image", "is absent")
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise BadImage(
+                self.name, "missing_image", f"cannot be read ({error.strerror or error})"
+            ) from error
+        if not content:
+            raise BadImage(self.name, "missing_image", "is an empty file")
+        return content
+
+    def open(self, *, min_side: int = 1) -> Image.Image:
+        """Returns the decoded picture, mode RGB, upright (EXIF orientation applied), all pixels in memory.
+
+        Convention: transparent pixels are put on white, as a browser shows them (a plain conversion would
+        reveal whatever colour hides under them). 16-bit grey is scaled to 8 bits.
+
+        Raises:
+            BadImage: missing, corrupt (also truncated: a half-decoded picture is never returned) or with a
+                side below `min_side` pixels.
+        """
+        return self.decode(self.read(), min_side=min_side)
+
+    def decode(self, content: bytes, *, min_side: int = 1) -> Image.Image:
+        """Returns what `open` does, for bytes that `read` has already returned."""
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+                picture = _to_rgb(ImageOps.exif_transpose(image))
+        except UnidentifiedImageError as error:
+            raise BadImage(self.name, "corrupt_image", "is no picture in a known format") from error
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            # PIL reports broken files through all of these, depending on the format.
+            raise BadImage(self.name, "corrupt_image", f"cannot be decoded ({_one_line(error)})") from error
+        if min(picture.size) < min_side:
+            width, height = picture.size
+            raise BadImage(self.name, "tiny_image", f"is {width}x{height} pixels, below {min_side}")
+        return picture
+
+    def size(self) -> tuple[int, int]:
+        """Returns (width, height) of the upright picture from its header. Raises BadImage like `open`."""
+        try:
+            with Image.open(io.BytesIO(self.read())) as image:
+                width, height = image.size
+                turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        except UnidentifiedImageError as error:
+            raise BadImage(self.name, "corrupt_image", "is no picture in a known format") from error
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise BadImage(self.name, "corrupt_image", f"has a broken header ({_one_line(error)})") from error
+        return (height, width) if turned else (width, height)
+
+    def digest(self) -> bytes:
+        """Returns 16 bytes that identify the encoded bytes (blake2b). Raises BadImage when there are none."""
+        return hashlib.blake2b(self.read(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Score:
+    """One scorer's number for one picture, on the scorer's own named scale."""
+
+    value: float
+    scale: str = ""
+    version: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON form; a value that is not finite becomes null, because JSON has no NaN."""
+        value = self.value if math.isfinite(self.value) else None
+        return {**self.extra, "value": value, "scale": self.scale, "version": self.version}
+
+    @classmethod
+    def from_dict(cls, row: Any, where: str = "score") -> Score:
+        """Returns the score of a JSON object (null: NaN). UserError, starting with `where`, otherwise."""
+        rest = _mapping(row, where)
+        value = _number(rest.pop("value", None), f"{where}: value")
+        return cls(
+            value=math.nan if value is None else value,
+            scale=str(rest.pop("scale", "") or ""),
+            version=str(rest.pop("version", "") or ""),
+            extra=rest,
+        )
+
+
+@dataclass
+class Candidate:
+    """One picture of a record; `prompt` and `condition` only where they differ from the record's."""
+
+    image: ImageRef
+    prompt: str | None = None
+    condition: Any = None
+    model: str | None = None
+    seed: int | None = None
+    scores: dict[str, Score] = field(default_factory=dict)
+    label: float | None = None
+    rank: float | None = None
+    votes: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self, folder: Path) -> dict[str, Any]:
+        """Returns the JSON form, the path relative to `folder`. UserError for a picture without a file."""
+        if self.image.path is None:
+            raise UserError(
+                f"picture {self.image.name} is in memory only: save it to a file before writing records"
+            )
+        if self.label is not None and not math.isfinite(self.label):  # null would read back as "unlabelled"
+            raise UserError(
+                f"picture {self.image.name} has the label {self.label}: drop it before writing records"
+            )
+        known = {
+            "image": _relative(self.image.path, folder),
+            "prompt": self.prompt,
+            "condition": self.condition,
+            "model": self.model,
+            "seed": self.seed,
+            "scores": {name: score.to_dict() for name, score in self.scores.items()} or None,
+            "label": self.label,
+            "rank": self.rank,
+            "votes": self.votes,
+        }
+        return {**self.extra, **{key: value for key, value in known.items() if value is not None}}
+
+    @classmethod
+    def from_dict(cls, row: Any, folder: Path, where: str = "candidate") -> Candidate:
+        """Returns the candidate of a JSON object; UserError (starting with `where`) for wrong types."""
+        rest = _mapping(row, where)
+        image = rest.pop("image", None)
+        if image is not None and not isinstance(image, str):
+            raise UserError(f"{where}: image is {image!r}, expected a path")
+        scores = _mapping(rest.pop("scores", None) or {}, f"{where}: scores")
+        return cls(
+            image=ImageRef(path=folder / image) if image else ImageRef(name=f"{where} (no path)"),
+            prompt=_text(rest.pop("prompt", None), f"{where}: prompt"),
+            condition=rest.pop("condition", None),
+            model=_text(rest.pop("model", None), f"{where}: model"),
+            seed=_whole(rest.pop("seed", None), f"{where}: seed"),
+            scores={name: Score.from_dict(score, f"{where}: score {name}") for name, score in scores.items()},
+            label=_number(rest.pop("label", None), f"{where}: label"),
+            rank=_number(rest.pop("rank", None), f"{where}: rank"),
+            votes=_whole(rest.pop("votes", None), f"{where}: votes"),
+            extra=rest,
+        )
+
+
+@dataclass
+class Record:
+    """One prompt with its candidates; `id` names the row it came from, `source` the format."""
+
+    id: str
+    prompt: str
+    candidates: list[Candidate]
+    source: str = ""
+    condition: Any = None
+    user: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self, folder: Path) -> dict[str, Any]:
+        """Returns the JSON form for a file in `folder` (picture paths relative to it)."""
+        row: dict[str, Any] = {**self.extra, "id": self.id, "prompt": self.prompt}
+        if self.condition is not None:
+            row["condition"] = self.condition
+        if self.user is not None:
+            row["user"] = self.user
+        row["candidates"] = [candidate.to_dict(folder) for candidate in self.candidates]
+        row["source"] = self.source
+        if self.meta:
+            row["meta"] = self.meta
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Any, folder: Path, where: str = "record") -> Record:
+        """Returns the record of a JSON object of a file in `folder`.
+
+        A missing id becomes `where`. Raises UserError (starting with `where`) for a missing prompt or
+        candidates, and for wrong types.
+        """
+        rest = _mapping(row, where)
+        prompt = _text(rest.pop("prompt", None), f"{where}: prompt")
+        candidates = rest.pop("candidates", None)
+        if prompt is None or not isinstance(candidates, list):
+            missing = "prompt" if prompt is None else "candidates (a list)"
+            raise UserError(f"{where}: no {missing}; it has {', '.join(map(str, row)) or 'no fields'}")
+        name = rest.pop("id", None)
+        return cls(
+            id=where if name is None else str(name),
+            prompt=prompt,
+            candidates=[
+                Candidate.from_dict(item, folder, f"{where}: candidate {index}")
+                for index, item in enumerate(candidates)
+            ],
+            source=_text(rest.pop("source", None), f"{where}: source") or "",
+            condition=rest.pop("condition", None),
+            user=_text(rest.pop("user", None), f"{where}: user"),
+            meta=_mapping(rest.pop("meta", None) or {}, f"{where}: meta"),
+            extra=rest,
+        )
+
+    def pair_target(self) -> float | None:
+        """Returns P(first candidate preferred) of a pair, from its labels: 1, 0, 0.5 for a tie, or between.
+
+        None when neither candidate has a label. Raises BadLabel for labels that are no preference, UserError
+        when the record is not a pair.
+        """
+        if len(self.candidates) != 2:
+            raise UserError(f"record {self.id} has {len(self.candidates)} candidates, a pair has 2")
+        first, second = (candidate.label for candidate in self.candidates)
+        if first is None and second is None:
+            return None
+        both = f"record {self.id}: labels {first} and {second}"
+        if first is None or second is None:
+            raise BadLabel(f"{both}: one is missing")
+        if not (0.0 <= first <= 1.0 and 0.0 <= second <= 1.0):  # False for NaN too
+            raise BadLabel(f"{both} are not both in [0, 1]")
+        if abs(first + second - 1.0) > LABEL_TOLERANCE:
+            raise BadLabel(f"{both} do not sum to 1")
+        return first
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> int:
+    """Writes a jsonl file, whole or not at all, picture paths relative to its folder; returns the number."""
+    count = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for record in records:
+            yield record.to_dict(Path(path).parent)
+            count += 1
+
+    files.write_jsonl(path, rows())
+    return count
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """Yields the records of a jsonl file. UserError naming file and line for anything that is no record."""
+    path = Path(path)
+    for where, row in read_lines(path):
+        yield Record.from_dict(row, path.parent, where)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields ("file:line", parsed JSON) for each line that is not blank. UserError like `read_records`."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give a jsonl file")
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # broken JSON or broken UTF-8
+                raise UserError(f"{path}:{number} is not JSON ({_one_line(error)})") from error
+            yield f"{path.name}:{number}", row
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        if image.mode != "F":  # 16-bit grey; convert("RGB") would clip everything above 255 to white
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        return image.convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return dict(value)
+
+
+def _text(value: Any, where: str) -> str | None:
+    if isinstance(value, (dict, list, bool)):
+        raise UserError(f"{where} is {value!r}, expected text")
+    return None if value is None else str(value)
+
+
+def _number(value: Any, where: str) -> float | None:
+    # An int stays one, so that a file survives a round trip as it was.
+    if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+        raise UserError(f"{where} is {value!r}, expected a number")
+    return value
+
+
+def _whole(value: Any, where: str) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas writes integer columns with gaps as floats
+    if isinstance(value, bool) or not isinstance(value, (int, type(None))):
+        raise UserError(f"{where} is {value!r}, expected a whole number")
+    return value

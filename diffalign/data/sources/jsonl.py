@@ -1,0 +1,41 @@
+"""The project's own record file, as `diffalign pair` writes it; its layout is in `data/records.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffalign.common.errors import UserError
+from diffalign.data.records import Record, read_records
+from diffalign.data.sources._base import Source
+
+FILE_NAME = "preferences.jsonl"
+
+
+@dataclass
+class Plugin(Source):
+    """A jsonl file of records (or a folder with a `preferences.jsonl`); pictures are files beside it."""
+
+    def file(self) -> Path:
+        """Returns the file that is read. UserError when there is none."""
+        path = Path(self.path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        if not path.is_file():
+            raise UserError(f"data.path={self.path}: no file {path}; give a jsonl file of records")
+        return path
+
+    def files(self) -> list[Path]:
+        """Returns the one file that is read."""
+        return [self.file()]
+
+    def rows(self) -> Iterator[Record]:
+        """Yields the records of the file. UserError for a second record with the same id."""
+        path = self.file()
+        seen: set[str] = set()
+        for record in read_records(path):
+            if record.id in seen:  # ids key the random numbers of a run and name dropped rows
+                raise UserError(f"{path}: two records have the id {record.id!r}; ids must differ")
+            seen.add(record.id)
+            yield record
