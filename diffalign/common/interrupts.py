@@ -16,8 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Inside the block, Ctrl-C and SIGTERM only set `requested`; the owner stops at its next safe moment.
 
-    Launchers pass Ctrl-C on as SIGTERM, so a second signal often follows at once and changes nothing; the third
-    leaves immediately, without saving.
+    Launchers pass Ctrl-C on as SIGTERM, so a second signal often follows at once and changes nothing; the
+    third leaves immediately, without saving.
     """
 
     def __init__(self) -> None:

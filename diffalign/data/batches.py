@@ -12,7 +12,7 @@ from diffalign.common.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class Batch:
-    """`N` groups with `M` images in all; the images of a group lie next to one another, in the record's order.
+    """`N` groups with `M` images in all; the images of a group are neighbours, in the record's order.
 
     Args:
         ids: `N` record ids.
@@ -21,7 +21,8 @@ class Batch:
         latents: `[M, ...]` clean latents, scaled as the network sees them.
         cond: conditioning with `M` rows.
         counts: `[N]` int64 images per group (2 for pairs, 1 for single examples).
-        target: `[N]` float32 probability that the first image of a pair is preferred; None without preferences.
+        target: `[N]` float32 probability that the first image of a pair is preferred; None without
+            preferences.
     """
 
     ids: list[str]

@@ -1,4 +1,4 @@
-"""How pictures of any size become tensors of a few sizes: aspect-ratio buckets, one crop fraction, one flip a group."""
+"""How pictures of any size become tensors of a few sizes: aspect buckets; one crop and one flip a group."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class PreprocessSpec:
 
     Args:
         resolution: pixels; buckets have about its square as area; null: the base's own.
-        buckets: "aspect" keeps the aspect ratio of a group as well as a bucket can, "square" crops to a square.
+        buckets: "aspect" keeps the aspect ratio of a group as well as a bucket can, "square" crops.
         crop: "center", or "random" with one fraction a group.
         flip: mirror half of the groups, both images alike; wrong for prompts that say left or right.
-        size_conditioning: "target" tells the network the bucket's size for every image; "per_image" the picture's own
-            size and crop, for SFT only: in a preference pair it would let the size give the label away.
+        size_conditioning: "target" tells the network the bucket's size for every image; "per_image" the
+            picture's own size and crop, for SFT only: in a preference pair it would let the size give the
+            label away.
         batch_size: pictures encoded at once.
         memory_limit_gb: refuse to keep more than this in memory.
     """
@@ -74,7 +75,7 @@ class Placement:
 def bucket_sizes(resolution: int, multiple: int, kind: str) -> list[Size]:
     """Sizes with sides that are multiples of `multiple` and an area of at most about `resolution` squared.
 
-    Aspect ratios go from 1:2 to 2:1, as in SDXL's training (Podell et al. 2023, arXiv 2307.01952, appendix I).
+    Aspect ratios go from 1:2 to 2:1, as in SDXL's training (Podell et al. 2023, arXiv 2307.01952, app. I).
     """
     if resolution % multiple:
         raise UserError(f"preprocess.resolution is {resolution}: use a multiple of {multiple} for this base")
@@ -88,7 +89,9 @@ def bucket_sizes(resolution: int, multiple: int, kind: str) -> list[Size]:
     return sorted(sizes)
 
 
-def place(images: Sequence[Image.Image], sizes: Sequence[Size], spec: PreprocessSpec, *key: int | str) -> Placement:
+def place(
+    images: Sequence[Image.Image], sizes: Sequence[Size], spec: PreprocessSpec, *key: int | str
+) -> Placement:
     """The placement of a group: the bucket nearest to its mean log aspect, crop and flip drawn from `key`."""
     log_aspect = sum(math.log(image.width / image.height) for image in images) / len(images)
     size = min(sizes, key=lambda hw: (abs(math.log(hw[1] / hw[0]) - log_aspect), hw))
@@ -99,7 +102,7 @@ def place(images: Sequence[Image.Image], sizes: Sequence[Size], spec: Preprocess
 
 
 def fit(image: Image.Image, placement: Placement) -> tuple[Tensor, tuple[int, int]]:
-    """`([3, H, W] float32 in [0, 1], (top, left))`: resized to cover the bucket, then cropped; aspect ratio kept."""
+    """`([3, H, W] float32 in [0, 1], (top, left))`: resized to cover the bucket and cropped; aspect kept."""
     height, width = placement.size
     scale = max(height / image.height, width / image.width)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

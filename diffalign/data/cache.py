@@ -1,4 +1,4 @@
-"""Encoded examples in memory: every picture and every prompt goes through its encoder once, before training."""
+"""Encoded examples in memory: each picture and each prompt goes through its encoder once, before training."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def encode_pairs(
     """The pairs as examples of `unit`: "pair", or "single" with the preferred image of each decided pair.
 
     Raises:
-        UserError: a picture whose latents are not finite (named by row id), or more data than the memory limit.
+        UserError: a picture whose latents are not finite (named by row id), or more data than the memory
+            limit.
     """
     store = _Store(encoder, spec)
     sizes = bucket_sizes(spec.resolution or encoder.default_resolution, encoder.size_multiple, spec.buckets)
@@ -136,14 +137,30 @@ def encode_pairs(
             conditions.append(encoder.size_conditioning(original, corner, placement.size))
         meta = {**pair.record.meta, "models": [c.model for c in pair.record.candidates]}
         examples.append(
-            Example(pair.record.id, pair.record.prompt, tuple(rows), placement.size, target, tuple(conditions), meta)
+            Example(
+                pair.record.id,
+                pair.record.prompt,
+                tuple(rows),
+                placement.size,
+                target,
+                tuple(conditions),
+                meta,
+            )
         )
     store.flush()
     if not examples:
-        raise UserError("no example is left after dropping ties: check what the data holds with `diffalign check`")
-    prompt_rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(example.prompt for example in examples))}
+        raise UserError(
+            "no example is left after dropping ties: check what the data holds with `diffalign check`"
+        )
+    prompt_rows = {
+        prompt: row for row, prompt in enumerate(dict.fromkeys(example.prompt for example in examples))
+    }
     return EncodedSet(
-        examples, store.means, store.stds, prompt_rows, _encode_prompts(list(prompt_rows), encoder, store),
+        examples,
+        store.means,
+        store.stds,
+        prompt_rows,
+        _encode_prompts(list(prompt_rows), encoder, store),
         encoder.encode_dropped_prompt().to("cpu"),
     )
 
@@ -191,7 +208,8 @@ class _Store:
         self._bytes += num_bytes
         if self._bytes > self._spec.memory_limit_gb * 1e9:
             raise UserError(
-                f"{len(self.means)} encoded pictures exceed preprocess.memory_limit_gb={self._spec.memory_limit_gb}: "
+                f"{len(self.means)} encoded pictures exceed "
+                f"preprocess.memory_limit_gb={self._spec.memory_limit_gb}: "
                 "set data.limit, lower preprocess.resolution, or raise the limit"
             )
 
@@ -202,8 +220,8 @@ class _Store:
         for (index, _, name), mean, std in zip(waiting, means.cpu(), stds.cpu(), strict=True):
             if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
                 raise UserError(
-                    f"the VAE gives latents that are not finite for {name}: use model.vae_dtype=fp32, or a VAE that "
-                    "is fixed for half precision (model.vae=...)"
+                    f"the VAE gives latents that are not finite for {name}: use model.vae_dtype=fp32, or a "
+                    "VAE that is fixed for half precision (model.vae=...)"
                 )
             self.means[index], self.stds[index] = mean, std
             self.count(mean.nbytes + std.nbytes)

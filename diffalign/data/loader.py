@@ -1,4 +1,4 @@
-"""Which examples come when: an order that is a pure function of (seed, epoch), so that any position can be resumed."""
+"""Which examples come when: a pure function of (seed, epoch), so that any position can be resumed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class LoaderSpec:
     Args:
         batch_size: groups in a micro-batch.
         num_workers: processes that put batches together beside the training.
-        caption_dropout: share of groups trained on the branch that classifier-free guidance uses as its negative.
+        caption_dropout: share of groups trained on the branch that classifier-free guidance uses as its
+            negative.
         posterior: "sample" draws latents from the VAE's posterior anew each epoch, "mean" takes its mean.
     """
 
@@ -58,7 +59,7 @@ class LoaderSpec:
 
 
 def epoch_plans(encoded: EncodedSet, batch_size: int, *, seed: int, epoch: int) -> list[Plan]:
-    """The micro-batches of one epoch: every example once, each batch of one size, the last of a size may be short."""
+    """Micro-batches of one epoch: every example once, a batch is of one size, the last may be short."""
     waiting: dict[tuple[int, ...], list[int]] = {}
     ready: list[tuple[int, ...]] = []
     for index in draws.permutation(len(encoded), seed, "order", epoch).tolist():
@@ -144,7 +145,7 @@ def split_by_prompt(encoded: EncodedSet, share: float, *, seed: int) -> tuple[En
         sides[example.prompt in held].append(index)
     if not all(sides):
         raise UserError(
-            f"validation.share={share} leaves {len(sides[0])} training and {len(sides[1])} held-out examples: "
-            "change the share or bring more data"
+            f"validation.share={share} leaves {len(sides[0])} training and {len(sides[1])} held-out "
+            "examples: change the share or bring more data"
         )
     return encoded.subset(sides[0]), encoded.subset(sides[1])

@@ -1,8 +1,8 @@
 """The denoiser boundary: one network, several policies.
 
-Objectives call `denoiser.predict(x_t, t, cond)` and the conversions of `denoiser.process`; whose weights answer is
-chosen by `with denoiser.policy("reference"):`. A policy is either a set of adapters on the one network (the base
-alone is the empty set) or a frozen copy of the network, for full fine-tuning.
+Objectives call `denoiser.predict(x_t, t, cond)` and the conversions of `denoiser.process`; whose weights
+answer is chosen by `with denoiser.policy("reference"):`. A policy is either a set of adapters on the one
+network (the base alone is the empty set) or a frozen copy of the network, for full fine-tuning.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Denoiser:
     Args:
         network: the trained network (after `accelerate` has wrapped it, the wrapped one).
         process: the forward process; also the holder of the named conversions.
-        call: the backbone's way to call its network: `(network, x_t [B, ...], t [B] int64, cond) -> [B, ...]`.
+        call: the backbone's way to call its network:
+            `(network, x_t [B, ...], t [B] int64, cond) -> [B, ...]`.
         policies: named policies; "train" is always the network as it is.
     """
 

@@ -64,9 +64,10 @@ def denoising_terms(
 ) -> Terms:
     """Errors of `latents` `[B, ...]` noised by `draws`, one forward pass a policy at the same batch shape.
 
-    Both policies see the same noisy latents; the reference runs first and without gradient, so that its activations
-    are gone before those of the policy are kept. Predictions and targets are float32 before they are squared: in
-    half precision the rounding of the reference error alone reaches a logit of 0.26 at beta 5000.
+    Both policies see the same noisy latents; the reference runs first and without gradient, so that its
+    activations are gone before those of the policy are kept. Predictions and targets are float32 before they
+    are squared: in half precision the rounding of the reference error alone reaches a logit of 0.26 at beta
+    5000.
     """
     process = denoiser.process
     x_t = process.add_noise(latents, draws.noise, draws.t)
@@ -101,18 +102,19 @@ def implicit_reward(err: Tensor, ref_err: Tensor, *, beta: float) -> Tensor:
     Args:
         err: `[B]` or `[B, draws]` mean errors of the policy.
         ref_err: the same of the reference.
-        beta: as in the objectives. Convention: half of a difference of *mean* errors (Diffusion-DPO's code); the
-            paper writes beta times a difference of *sums*.
+        beta: as in the objectives. Convention: half of a difference of *mean* errors (Diffusion-DPO's code);
+            the paper writes beta times a difference of *sums*.
     """
     reward = beta / 2.0 * (ref_err - err)
     return reward.mean(dim=-1) if reward.ndim > 1 else reward
 
 
 def elbo_weight(process: Process, t_B: Tensor) -> tuple[Tensor, ErrorSpace]:
-    """`[B]` float64 weight of a *summed* squared error in nats at t >= 1, and the space the error is measured in.
+    """`[B]` float64 weight of a *summed* squared error in nats at t >= 1, and the space of that error.
 
-    Epsilon errors: (SNR(t-1) / SNR(t) - 1) / 2. Where some SNR(t) is 0 the epsilon error says nothing, so all of the
-    batch is measured on x0: (SNR(t-1) - SNR(t)) / 2. Source: Kingma et al. 2021, arXiv 2107.00630, eq. 14.
+    Epsilon errors: (SNR(t-1) / SNR(t) - 1) / 2. Where some SNR(t) is 0 the epsilon error says nothing, so all
+    of the batch is measured on x0: (SNR(t-1) - SNR(t)) / 2. Source: Kingma et al. 2021, arXiv 2107.00630,
+    eq. 14.
     """
     if bool((t_B < 1).any()):
         raise ValueError("the ELBO has terms for t >= 1 only; the t = 0 reconstruction is left out")
@@ -126,9 +128,9 @@ def elbo_weight(process: Process, t_B: Tensor) -> tuple[Tensor, ErrorSpace]:
 def elbo(denoiser: Denoiser, latents: Tensor, cond: Conditioning, draws: list[Draws]) -> Tensor:
     """`[B]` float64 estimate of the evidence lower bound in nats under the selected policy.
 
-    Minus (T - 1) times the mean over draws of the weighted, summed squared error; unbiased for the diffusion terms
-    when each draw's t is uniform on 1..T-1. The t = 0 reconstruction term and the prior term KL(q(x_T) | N(0, I))
-    are left out: both are the same for a policy and its reference up to the last denoising step.
+    Minus (T - 1) times the mean over draws of the weighted, summed squared error; unbiased for the diffusion
+    terms when each draw's t is uniform on 1..T-1. The t = 0 reconstruction term and the prior term KL(q(x_T)
+    | N(0, I)) are left out: both are the same for a policy and its reference up to the last denoising step.
 
     Args:
         denoiser: queried under whichever policy is selected by the caller.

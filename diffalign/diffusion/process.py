@@ -1,7 +1,8 @@
 """The forward process: how a clean latent is noised, and what a network's output says about it.
 
-Everything here follows from `x_t = alpha_t x0 + sigma_t eps`. It is the only place that knows both timesteps and
-noise levels, and the only place with eps / x0 / v algebra. Shapes: `B` examples, `...` any latent dimensions.
+Everything here follows from `x_t = alpha_t x0 + sigma_t eps`. It is the only place that knows both timesteps
+and noise levels, and the only place with eps / x0 / v algebra. Shapes: `B` examples, `...` any latent
+dimensions.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Process:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise UserError(
-                f"the scheduler's prediction_type is {prediction!r}: use a base with one of {', '.join(PREDICTIONS)}"
+                f"the scheduler's prediction_type is {prediction!r}: use a base with one of "
+                f"{', '.join(PREDICTIONS)}"
             )
         alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
         alphas = alphas_cumprod.sqrt()
@@ -78,7 +80,7 @@ class Process:
         return alphas[t_B], sigmas[t_B]
 
     def snr(self, t_B: Tensor) -> Tensor:
-        """Signal-to-noise ratio alpha^2 / sigma^2, `[B]` float64; 0 at the last step of zero-terminal-SNR bases."""
+        """Signal-to-noise ratio alpha^2 / sigma^2, `[B]` float64; 0 at the end of zero-terminal-SNR bases."""
         alpha, sigma = self.alpha_sigma(t_B)
         return alpha**2 / sigma**2
 
@@ -147,7 +149,9 @@ class Process:
     def _refuse_zero_alpha(self, t_B: Tensor) -> None:
         alpha, _ = self.alpha_sigma(t_B)
         if bool((alpha == 0).any()):
-            raise ValueError("x0 is undefined for an epsilon network at SNR 0 (last step of a zero-terminal-SNR base)")
+            raise ValueError(
+                "x0 is undefined for an epsilon network at SNR 0 (last step of a zero-terminal-SNR base)"
+            )
 
 
 def rescale_zero_terminal_snr(alphas: Tensor) -> Tensor:
@@ -163,15 +167,19 @@ def _betas(config: Any) -> Tensor:
     """`[T]` float64 noise variances of a diffusers scheduler config."""
     if config.get("trained_betas") is not None:
         return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    missing = [key for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule") if key not in config]
+    missing = [
+        key for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule") if key not in config
+    ]
     if missing:
         raise UserError(
-            f"the base's scheduler has no {', '.join(missing)}: not a DDPM process; use a base whose scheduler is "
-            "of the DDPM, DDIM, Euler or DPM-Solver kind"
+            f"the base's scheduler has no {', '.join(missing)}: not a DDPM process; use a base whose "
+            "scheduler is of the DDPM, DDIM, Euler or DPM-Solver kind"
         )
     count, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
     if config["beta_schedule"] == "linear":
         return torch.linspace(start, end, count, dtype=torch.float64)
     if config["beta_schedule"] == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    raise UserError(f"beta_schedule {config['beta_schedule']!r} is not supported: use linear or scaled_linear")
+    raise UserError(
+        f"beta_schedule {config['beta_schedule']!r} is not supported: use linear or scaled_linear"
+    )

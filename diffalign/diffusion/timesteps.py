@@ -1,7 +1,7 @@
 """Which timesteps are trained on: every distribution is the inverse CDF of one uniform number.
 
-A uniform `u` in [0, 1) comes from a key (seed, example, epoch, draw), so the draw does not depend on world size,
-workers or resuming; stratification only changes how `u` is made.
+A uniform `u` in [0, 1) comes from a key (seed, example, epoch, draw), so the draw does not depend on world
+size, workers or resuming; stratification only changes how `u` is made.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class TimestepSpec:
     """The distribution of training timesteps.
 
     Args:
-        kind: "uniform" over `[low, high)`; "logit_normal": sigmoid of a normal with `mean` and `std`, and "mode"
-            with `scale` (both Esser et al. 2024, arXiv 2403.03206, section 3.1), squeezed into `[low, high)`;
-            "grid": each of `grid` with equal chance.
+        kind: "uniform" over `[low, high)`; "logit_normal": sigmoid of a normal with `mean` and `std`, and
+            "mode" with `scale` (both Esser et al. 2024, arXiv 2403.03206, section 3.1), squeezed into
+            `[low, high)`; "grid": each of `grid` with equal chance.
         low: smallest timestep drawn.
         high: one past the largest; null: the length of the process.
         strata: consecutive samples of the run cycle through this many equal slices of [0, 1); 0 or 1: none.
@@ -44,18 +44,22 @@ class TimestepSpec:
         if self.kind not in KINDS:
             raise unknown("timesteps.kind", self.kind, KINDS)
         if self.kind == "grid" and not self.grid:
-            raise UserError("timesteps.grid is empty: give the timesteps, e.g. timesteps.grid=[249,499,749,999]")
+            raise UserError(
+                "timesteps.grid is empty: give the timesteps, e.g. timesteps.grid=[249,499,749,999]"
+            )
         if self.std <= 0:
             raise UserError(f"timesteps.std is {self.std}: use a value above 0")
         if self.low < 0 or (self.high is not None and self.high <= self.low):
             raise UserError(f"timesteps low={self.low}, high={self.high}: use 0 <= low < high")
 
     def draw(self, u_B: Tensor, num_timesteps: int) -> Tensor:
-        """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)) of a process with `num_timesteps` steps."""
+        """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)), for a process of `num_timesteps`."""
         high = num_timesteps if self.high is None else self.high
         outside = [t for t in [*self.grid, high - 1] if not 0 <= t < num_timesteps]
         if outside:
-            raise UserError(f"timestep {outside[0]} is outside [0, {num_timesteps}): the base has {num_timesteps}")
+            raise UserError(
+                f"timestep {outside[0]} is outside [0, {num_timesteps}): the base has {num_timesteps}"
+            )
         if self.kind == "grid":
             return torch.tensor(self.grid)[(u_B * len(self.grid)).long()]
         position = self._position(u_B).clamp(0.0, 1.0 - 1e-12)
@@ -82,5 +86,5 @@ def keyed_uniform(*key: int | str, position: int = 0, strata: int = 0) -> float:
 
 
 def stratified_grid(count: int, num_timesteps: int) -> Tensor:
-    """`[count]` int64 midpoints of `count` equal slices of the process: the fixed draws of held-out measures."""
+    """`[count]` int64 midpoints of equal slices of the process: the fixed draws of held-out measures."""
     return ((torch.arange(count, dtype=torch.float64) + 0.5) / count * num_timesteps).long()

@@ -1,4 +1,4 @@
-"""LoRA on a diffusers network: adding, starting from a file, saving so that plain diffusers loads it unchanged."""
+"""LoRA on a diffusers network: fresh, from a file, and saved so that plain diffusers loads it."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def load_adapter_state(network: nn.Module, state: dict[str, Tensor]) -> None:
 def save(network: nn.Module, pipeline_class: Any, folder: str | Path) -> None:
     """Writes the adapter "trained" with the metadata that makes it reload equal.
 
-    Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout stays
-    active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
+    Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout
+    stays active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
     """
     metadata = {**network.peft_config[TRAINED].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
     state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(network).items()}
@@ -113,7 +113,7 @@ def save(network: nn.Module, pipeline_class: Any, folder: str | Path) -> None:
 def read_adapter(
     pipeline_class: Any, path: str, network: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
-    """`(state, alphas, metadata)` of an adapter file in any layout that diffusers reads, checked against `network`.
+    """`(state, alphas, metadata)` of an adapter in any layout that diffusers reads; it fits `network`.
 
     Raises:
         UserError: nothing there, not an adapter, or layers that the network lacks or has in another size.
@@ -149,8 +149,8 @@ def _check_fits(state: dict[str, Tensor], network: nn.Module, path: str) -> None
         if weight is None or weight.shape[1] != value.shape[1]:
             found = "has no such layer" if weight is None else f"has {weight.shape[1]} inputs there"
             raise UserError(
-                f"adapter {path} is for another architecture: {layer_name} takes {value.shape[1]} inputs, the base "
-                f"{found}; use the base it was trained on"
+                f"adapter {path} is for another architecture: {layer_name} takes {value.shape[1]} inputs, "
+                f"the base {found}; use the base it was trained on"
             )
 
 
@@ -162,8 +162,9 @@ def _to_float32(network: nn.Module) -> None:
 
 
 def _remeasure_magnitudes(network: nn.Module) -> None:
-    # Over a half-precision base peft rounds DoRA's magnitudes to that precision but divides by norms taken in float32:
-    # the fresh adapter would change the base (at beta 5000 a step-0 logit of 2.5 on a tiny UNet, measured on 0.21).
+    # Over a half-precision base peft rounds DoRA's magnitudes to that precision but divides by norms taken in
+    # float32: the fresh adapter would change the base (at beta 5000 a step-0 logit of 2.5 on a tiny UNet,
+    # measured on 0.21).
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer) and TRAINED in getattr(layer, "lora_magnitude_vector", {}):
             layer.lora_magnitude_vector[TRAINED].update_layer(

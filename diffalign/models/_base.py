@@ -1,7 +1,7 @@
 """What every backbone gives once it is loaded.
 
-A model loads its parts when they are first asked for, so that encoding, training and sampling each hold only what
-they need: text encoders and VAE can leave memory before the network enters it.
+A model loads its parts when they are first asked for, so that encoding, training and sampling each hold only
+what they need: text encoders and VAE can leave memory before the network enters it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Model(Protocol):
     def size_conditioning(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """Rows `[1, d]` that tell the network about (height, width) sizes and (top, left) crop; empty if it is blind."""
+        """Rows `[1, d]` that tell the network sizes (height, width) and crop (top, left); empty if blind."""
         ...
 
     def generate(self, prompts: list[str], seeds: list[int], **settings: Any) -> list[Any]:

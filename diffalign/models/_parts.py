@@ -35,7 +35,8 @@ class Parts:
         missing = [name for name in expected if not _is_part(self.index.get(name))]
         if missing:
             raise UserError(
-                f"{spec.path} has no {', '.join(missing)}: it is a {self.index.get('_class_name', 'other pipeline')}; "
+                f"{spec.path} has no {', '.join(missing)}: it is a "
+                f"{self.index.get('_class_name', 'other pipeline')}; "
                 "choose the model name that fits, or a base of this family"
             )
         self._loaded: dict[str, Any] = {}

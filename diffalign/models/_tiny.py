@@ -1,4 +1,4 @@
-"""Random pipelines of the smallest size, in the exact layout of the real ones, for tests of the real code paths."""
+"""Random pipelines of the smallest size, in the exact layout of the real ones, for tests of the real code."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _text_config(width: int, projection: int | None = None) -> CLIPTextConfig:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer without merges: 128 ASCII symbols, each with and without the end-of-word mark."""
+    """A CLIP tokenizer without merges: printable ASCII, each symbol with and without the end-of-word mark."""
     symbols = [chr(code) for code in range(33, 127)]
     words = symbols + [f"{symbol}</w>" for symbol in symbols]
     vocabulary = {word: index for index, word in enumerate(words)}

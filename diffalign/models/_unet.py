@@ -72,8 +72,8 @@ class UNetModel:
                 self.network.enable_xformers_memory_efficient_attention()
             except (ImportError, ModuleNotFoundError, ValueError) as error:
                 raise UserError(
-                    f"model.attention=xformers: {str(error).splitlines()[0]}; install diffalign[xformers] on a GPU "
-                    "machine, or use model.attention=sdpa"
+                    f"model.attention=xformers: {str(error).splitlines()[0]}; install diffalign[xformers] on "
+                    "a GPU machine, or use model.attention=sdpa"
                 ) from error
         if self.spec.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
@@ -82,7 +82,7 @@ class UNetModel:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`(mean, std)` of scaled latents, `[B, c, h, w]` float32, for images `[B, 3, H, W]` float in [0, 1]."""
+        """`(mean, std)` of scaled latents, `[B, c, h, w]` float32, of images `[B, 3, H, W]` in [0, 1]."""
         vae = self.parts["vae"]
         posterior = vae.encode((images * 2.0 - 1.0).to(self.device, vae.dtype)).latent_dist
         shift, scale = _shift_and_scale(vae)
@@ -160,7 +160,8 @@ class UNetModel:
             height: pixels, a multiple of `size_multiple`; None: the base's resolution.
             width: likewise.
             scheduler: class name of a diffusers scheduler; None: the base's own.
-            embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already gone.
+            embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already
+                gone.
         """
         height, width = height or self.default_resolution, width or self.default_resolution
         if height % self.size_multiple or width % self.size_multiple:
@@ -208,8 +209,8 @@ class UNetModel:
         if adapter.kind == "full":
             if self.spec.dtype != "fp32":
                 raise UserError(
-                    f"adapter.kind=full with model.dtype={self.spec.dtype}: small updates are lost in half precision; "
-                    "use model.dtype=fp32 (with precision=bf16 for speed)"
+                    f"adapter.kind=full with model.dtype={self.spec.dtype}: small updates are lost in half "
+                    "precision; use model.dtype=fp32 (with precision=bf16 for speed)"
                 )
             if with_reference:
                 denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
@@ -247,7 +248,7 @@ class UNetModel:
             self.network.save_pretrained(f"{folder}/unet")
 
     def load_policy(self, path: str) -> None:
-        """Makes what a run saved at `path` (LoRA or full UNet) the policy "train", and the base its reference."""
+        """Makes what a run saved at `path` (LoRA or full UNet) the policy "train", the base its reference."""
         denoiser = self.denoiser
         if (Path(path) / "unet").is_dir():
             denoiser.policies[REFERENCE] = FrozenCopy(self.network)

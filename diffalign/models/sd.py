@@ -55,8 +55,9 @@ class StableDiffusion(UNetModel):
             raise UserError(f"the UNet of {self.spec.path} takes size conditioning: use model=sdxl")
         if unet_config.get("in_channels") != self.latent_channels:
             raise UserError(
-                f"the UNet of {self.spec.path} takes {unet_config.get('in_channels')} channels, its VAE gives "
-                f"{self.latent_channels}: inpainting and depth bases cannot be aligned here, use a text-to-image base"
+                f"the UNet of {self.spec.path} takes {unet_config.get('in_channels')} channels, its VAE "
+                f"gives {self.latent_channels}: inpainting and depth bases cannot be aligned here, use a "
+                "text-to-image base"
             )
 
     def _pipeline_options(self) -> dict[str, Any]:

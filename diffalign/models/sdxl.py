@@ -89,5 +89,5 @@ class SDXL(UNetModel):
     def size_conditioning(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """`time_ids` `[1, 6]`: original (height, width), crop (top, left), target (height, width), in pixels."""
+        """`time_ids` `[1, 6]`: original (height, width), crop (top, left), target (height, width); pixels."""
         return {"time_ids": torch.tensor([[*original, *crop, *target]], dtype=torch.float32)}

@@ -17,7 +17,9 @@ from diffalign.objectives._base import Objective, Output, require_positive
 aliases = ("dpo",)
 
 
-def diffusion_dpo_logit(err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, *, beta: float) -> Tensor:
+def diffusion_dpo_logit(
+    err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor, *, beta: float
+) -> Tensor:
     """`m = -beta/2 * ((err_w - err_l) - (ref_err_w - ref_err_l))`, `[B]`: the implicit reward margin."""
     return -beta / 2.0 * ((err_w - err_l) - (ref_err_w - ref_err_l))
 
@@ -42,8 +44,8 @@ def diffusion_dpo_loss(
         target: `[B]` probability p that the first image is preferred; None means 1 everywhere.
 
     Convention: beta multiplies half of a difference of *mean* errors, as in
-    SalesforceAIResearch/DiffusionDPO@5233e75 train.py:1130-1145. The paper's equation 14 has sums and no half;
-    diffusers' example has means and no half (its beta 2500 is 5000 here).
+    SalesforceAIResearch/DiffusionDPO@5233e75 train.py:1130-1145. The paper's equation 14 has sums and no
+    half; diffusers' example has means and no half (its beta 2500 is 5000 here).
     """
     logit = diffusion_dpo_logit(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
     if target is None:

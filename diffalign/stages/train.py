@@ -1,12 +1,13 @@
 """Align a diffusion model with preferences: train a LoRA (or the whole network) on preference pairs.
 
-Pictures and prompts are encoded once and kept in memory, then VAE and text encoders make room for the network. The run
-writes checkpoints, metrics.jsonl, TensorBoard logs and, at the end, the adapter with a model card below `out`. The same
-command again goes on where a stopped run was.
+Pictures and prompts are encoded once and kept in memory, then VAE and text encoders make room for the
+network. The run writes checkpoints, metrics.jsonl, TensorBoard logs and, at the end, the adapter with a model
+card below `out`. The same command again goes on where a stopped run was.
 
 Examples:
     diffalign train model=sdxl model.path=stabilityai/stable-diffusion-xl-base-1.0 data=pickapic
-        data.path=pickapic_v2/data data.split=train objective=diffusion_dpo out=runs/dpo precision=bf16 model.dtype=bf16
+        data.path=pickapic_v2/data data.split=train objective=diffusion_dpo out=runs/dpo precision=bf16
+        model.dtype=bf16
     diffalign train --config configs/sdxl_dpo_24gb.yaml data.path=pickapic_v2/data out=runs/dpo
     diffalign train --config configs/sdxl_dpo_24gb.yaml --dry-run out=runs/dpo objective.beta=2000
 """
@@ -92,7 +93,9 @@ def train(
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     model, data, objective = (
-        make_one("models", model), make_one("data.sources", data), make_one("objectives", objective)
+        make_one("models", model),
+        make_one("data.sources", data),
+        make_one("objectives", objective),
     )
 
     from diffalign.common import files, manifest
@@ -113,7 +116,9 @@ def train(
     train_set, heldout = _split(encoded, validation, seed)
     embedded = backbone.embed_for_generation(samples.prompts) if samples.prompts else None
     backbone.drop_encoders()
-    backbone.start_training(adapter, seed=seed, with_reference=objective.uses_reference or heldout is not None)
+    backbone.start_training(
+        adapter, seed=seed, with_reference=objective.uses_reference or heldout is not None
+    )
 
     with files.folder_lock(folder):
         identity = _claim(folder, recipe, base, data.inputs())
@@ -173,13 +178,17 @@ def _encode(
     return encoded
 
 
-def _split(encoded: EncodedSet, validation: ValidationSpec, seed: int) -> tuple[EncodedSet, EncodedSet | None]:
+def _split(
+    encoded: EncodedSet, validation: ValidationSpec, seed: int
+) -> tuple[EncodedSet, EncodedSet | None]:
     if validation.share == 0.0:
         return encoded, None
     from diffalign.data.loader import split_by_prompt
 
     if encoded.examples[0].target is None:
-        raise UserError("validation.share needs pairs: this objective trains on single images, set validation.share=0")
+        raise UserError(
+            "validation.share needs pairs: this objective trains on single images, set validation.share=0"
+        )
     train_set, heldout = split_by_prompt(encoded, validation.share, seed=seed)
     return train_set, heldout.subset(range(min(len(heldout), validation.limit or len(heldout))))
 

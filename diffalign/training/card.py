@@ -11,7 +11,9 @@ from diffalign.common.manifest import versions
 _PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}
 
 
-def model_card(recipe: dict[str, Any], *, base_identity: str, counts: dict[str, Any], summary: dict[str, Any]) -> str:
+def model_card(
+    recipe: dict[str, Any], *, base_identity: str, counts: dict[str, Any], summary: dict[str, Any]
+) -> str:
     """The card as Markdown with the hub's YAML header.
 
     Args:
@@ -32,8 +34,8 @@ def model_card(recipe: dict[str, Any], *, base_identity: str, counts: dict[str, 
 
 # {model["path"]} aligned with {objective["name"]}
 
-Trained with [diffalign](https://pypi.org/project/diffalign/) for {summary["steps"]} steps on {counts["used"]} \
-examples ({counts["asked"]} rows read).
+Trained with [diffalign](https://pypi.org/project/diffalign/) for {summary["steps"]} steps on \
+{counts["used"]} examples ({counts["asked"]} rows read).
 
 ## Use
 
@@ -43,8 +45,8 @@ examples ({counts["asked"]} rows read).
 
 ## Base
 
-`{model["path"]}`, fingerprint `{base_identity}`. An adapter changes the weights it was trained on; on another base its
-effect is not known.
+`{model["path"]}`, fingerprint `{base_identity}`. An adapter changes the weights it was trained on; on another
+base its effect is not known.
 
 ## Recipe
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written to the side, renamed when whole, so that a kill at any instant leaves the last one intact."""
+"""Checkpoints: written to the side and renamed when whole, so that a kill leaves the last one intact."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TRAINED_FILE, STATE_FILE, MANIFEST_FILE = "trained.safetensors", "state.pt", "ma
 class Checkpoint:
     """Everything a run needs to go on as if it had never stopped.
 
-    Random numbers need no place here: they are keyed by (seed, example, epoch), and the global stream is seeded
-    anew from (seed, step) before every step.
+    Random numbers need no place here: they are keyed by (seed, example, epoch), and the global stream is
+    seeded anew from (seed, step) before every step.
 
     Args:
         step: optimizer steps done.

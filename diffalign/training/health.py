@@ -1,7 +1,7 @@
-"""What tells a healthy preference run from one that is turning to noise: numbers gathered from the objective's logs.
+"""What tells a healthy run from one that is turning to noise: numbers gathered from the objective's logs.
 
-The loss of a pair says little: it stays near log 2 while images improve and while they fall apart. The errors of
-winner and loser against the reference say which of the two is happening.
+The loss of a pair says little: it stays near log 2 while images improve and while they fall apart. The errors
+of winner and loser against the reference say which of the two is happening.
 """
 
 from __future__ import annotations

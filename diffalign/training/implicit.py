@@ -1,4 +1,4 @@
-"""Held-out implicit-reward accuracy: how often a policy prefers, by its denoising errors, what people preferred."""
+"""Held-out implicit-reward accuracy: how often a policy's denoising errors prefer what people preferred."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def judge(
 ) -> Iterator[PairJudgement]:
     """Judgements of the decided pairs of `encoded`; ties (target 1/2) are left out.
 
-    Both images of a pair, and policy and reference, see the same `num_draws` stratified draws with fixed keys;
-    latents are posterior means. Dropout is off.
+    Both images of a pair, and policy and reference, see the same `num_draws` stratified draws with fixed
+    keys; latents are posterior means. Dropout is off.
     """
     network = denoiser.network
     was_training = network.training
@@ -85,7 +85,9 @@ def judge(
             errors = []
             for draw in fixed_draws(batch, denoiser.process.num_timesteps, num_draws, seed=DRAW_SEED):
                 with context():
-                    terms = denoising_terms(denoiser, moved.latents, moved.cond, draw.to(device), reference=True)
+                    terms = denoising_terms(
+                        denoiser, moved.latents, moved.cond, draw.to(device), reference=True
+                    )
                 assert terms.ref_err is not None
                 errors.append(torch.stack([terms.err, terms.ref_err]).cpu())
             yield from _judgements(batch, torch.stack(errors, dim=-1))

@@ -1,8 +1,8 @@
 """One loop for every objective: draw, compute, check, step, report, keep.
 
-The loop asks an objective for a loss a group and never which objective it is. Nothing random is left to chance: data
-order, timesteps and noise are keyed, and the global stream (dropout) is seeded from (seed, step) before each step, so
-a run that is killed and resumed computes the very same numbers as one that was not.
+The loop asks an objective for a loss a group and never which objective it is. Nothing random is left to
+chance: data order, timesteps and noise are keyed, and the global stream (dropout) is seeded from (seed, step)
+before each step, so a run that is killed and resumed computes the very same numbers as one that was not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from diffalign.training.specs import CheckpointSpec, OptimizerSpec
 from diffalign.training.watch import Watch
 
 MAX_SKIPS_IN_A_ROW = 25
-"""fp16's loss scale may halve up to 16 times before the first step fits; more means that the weights are lost."""
+"""fp16's loss scale may halve 16 times before the first step fits; more means that the weights are lost."""
 
 
 class NonFiniteLoss(UserError):
@@ -125,7 +125,7 @@ def fit(run: Run) -> dict[str, Any]:
 
 
 def learning_rate(spec: OptimizerSpec, step: int, num_steps: int) -> float:
-    """The learning rate of optimizer step `step` (0-based), a pure function, so that resuming needs no schedule state.
+    """The learning rate of optimizer step `step` (0-based): pure, so that resuming needs no schedule state.
 
     Linear warm-up reaches `lr` at step `warmup_steps`; then constant, or down to 0 at `num_steps`.
     """
@@ -141,9 +141,15 @@ def _start(run: Run) -> _State:
     parameters = run.model.denoiser.trainable_parameters()
     spec = run.optimizer
     adamw = torch.optim.AdamW(
-        parameters, lr=spec.lr, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps, weight_decay=spec.weight_decay
+        parameters,
+        lr=spec.lr,
+        betas=(spec.betas[0], spec.betas[1]),
+        eps=spec.eps,
+        weight_decay=spec.weight_decay,
     )
-    state = _State(run.accelerator.prepare_optimizer(adamw), parameters, Health(run.model.process.num_timesteps))
+    state = _State(
+        run.accelerator.prepare_optimizer(adamw), parameters, Health(run.model.process.num_timesteps)
+    )
     found = checkpoints.load_latest(run.out, identity=run.identity)
     if found is None:
         return state
@@ -214,7 +220,10 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]]) -
 
 def _say_step_zero(output: Output) -> None:
     largest = float(output.logs["margin"].abs().max())
-    say(f"step 0: loss {float(output.loss.mean()):.6f}, largest |logit| {largest:.3g} (log 2 = 0.693147 and 0 expected)")
+    say(
+        f"step 0: loss {float(output.loss.mean()):.6f}, largest |logit| {largest:.3g} (log 2 = 0.693147 and "
+        "0 expected)"
+    )
 
 
 def _finite_sum(loss: torch.Tensor, batch: Batch, draws: Draws, step: int) -> float:
@@ -222,10 +231,12 @@ def _finite_sum(loss: torch.Tensor, batch: Batch, draws: Draws, step: int) -> fl
     if math.isfinite(total):
         return total
     t = draws.t[torch.cumsum(batch.counts, 0) - 1].tolist()
-    bad = [f"{name} (t={t[row]})" for row, name in enumerate(batch.ids) if not math.isfinite(float(loss[row]))]
+    bad = [
+        f"{name} (t={t[row]})" for row, name in enumerate(batch.ids) if not math.isfinite(float(loss[row]))
+    ]
     raise NonFiniteLoss(
-        f"the loss at step {step} is not finite for {', '.join(bad)}: look at these rows, lower optimizer.lr, or use "
-        "precision=bf16 or fp32; the weights were not touched"
+        f"the loss at step {step} is not finite for {', '.join(bad)}: look at these rows, lower "
+        "optimizer.lr, or use precision=bf16 or fp32; the weights were not touched"
     )
 
 
@@ -243,8 +254,8 @@ def _step_unless_non_finite(run: Run, state: _State, norm: float) -> None:
     state.counters["skips_in_a_row"] += 1
     if state.counters["skips_in_a_row"] > MAX_SKIPS_IN_A_ROW:
         raise UserError(
-            f"gradients were not finite {MAX_SKIPS_IN_A_ROW + 1} times in a row, last at step {state.step}: lower "
-            "optimizer.lr or use precision=bf16; the last checkpoint is unharmed"
+            f"gradients were not finite {MAX_SKIPS_IN_A_ROW + 1} times in a row, last at step {state.step}: "
+            "lower optimizer.lr or use precision=bf16; the last checkpoint is unharmed"
         )
 
 
@@ -260,7 +271,7 @@ def _train_row(run: Run, state: _State) -> dict[str, Any]:
 
 
 def finish(run: Run, card: str) -> Path:
-    """Writes what was trained to `<out>/adapter`, whole or not at all, with its model card; returns the folder."""
+    """Writes what was trained to `<out>/adapter`, whole or not at all, with its card; returns the folder."""
     folder = run.out / "adapter"
     with files.atomic_path(folder) as temporary:
         temporary.mkdir()
