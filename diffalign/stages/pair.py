@@ -59,6 +59,7 @@ def pair(
             versions, or no pair at all; nothing is written then.
     """
     from diffalign.common import files, manifest
+    from diffalign.common.progress import say
     from diffalign.data.records import write_records
 
     recipe = resolved_recipe(pair, locals())
@@ -70,10 +71,16 @@ def pair(
     drops = Drops()
     groups = _groups(rows, name, limit, drops)
     records = list(_preferences(groups, name, how, margin, ties, higher_is_better, drops))
+    found = f"{len(groups)} prompts ({drops.words()})"
     if not records:
-        raise UserError(
-            f"{path}: no pair out of {len(groups)} prompts ({drops.words()}); lower margin or use ties=soft"
-        )
+        raise UserError(f"{path}: no pair out of {found}; lower margin or use ties=soft")
+    counts = {
+        "pictures": len(rows),
+        "prompts": len(groups),
+        "pairs_asked": len(records) + len(drops.names.get("tie", [])),
+        "pairs": len(records),
+        "dropped": drops.counts(),
+    }
     decides = {key: value for key, value in recipe.items() if key not in ("images", "out")}
     same = {**decides, "by": name, "images": files.file_identity(path)}
     with resumable_folder(out, stage="pair", recipe=recipe, same=same):
@@ -84,16 +91,11 @@ def pair(
             stage="pair",
             recipe=recipe,
             inputs={"images": path},
-            counts={
-                "pictures": len(rows),
-                "prompts": len(groups),
-                "pairs_asked": len(records) + len(drops.names.get("tie", [])),
-                "pairs": len(records),
-                "dropped": drops.counts(),
-            },
+            counts=counts,
             dropped=drops.names,
             extra={"scorer": name, "higher_is_better": higher_is_better},
         )
+    say(f"pair: {len(records)} pairs by {name} out of {found}: {target}")
     return target
 
 

@@ -69,9 +69,11 @@ def manifest(tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-def test_best_against_worst_of_each_prompt(tmp_path: Path) -> None:
+def test_best_against_worst_of_each_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "scored")
     assert run(tmp_path) == [("p0|p2", 0.0)]  # the first of the two best; in the order of the file
+    said = "1 pairs by clip out of 4 prompts (1 nan_score, 1 no_score, 2 single_picture, 1 tie)"
+    assert said in capsys.readouterr().err
     found = manifest(tmp_path)
     assert found["counts"] == {
         "pictures": 10,
