@@ -124,7 +124,7 @@ def batches(encoded: EncodedSet, spec: LoaderSpec, *, seed: int, start: int) -> 
     """Batches number `start`, `start + 1`, ... of an endless run, put together by `num_workers` processes."""
     loader = DataLoader(
         _Batches(encoded, spec, seed),
-        sampler=plans_from(encoded, spec.batch_size, seed=seed, start=start),  # type: ignore[arg-type]
+        sampler=plans_from(encoded, spec.batch_size, seed=seed, start=start),
         batch_size=None,
         num_workers=spec.num_workers,
         # A generator of its own: the default would take a number from the global stream, which dropout uses.

@@ -18,11 +18,12 @@ from diffalign.models._spec import AdapterSpec
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 
-def add_fresh(network: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
+def add_fresh(network: Any, spec: AdapterSpec, *, seed: int) -> None:
     """Adds the adapter "trained" that changes nothing yet; its random half depends on `seed` alone."""
+    alpha: Any = spec.rank if spec.alpha is None else spec.alpha  # peft's annotation knows whole numbers only
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.rank if spec.alpha is None else spec.alpha,
+        lora_alpha=alpha,
         lora_dropout=spec.dropout,
         use_rslora=spec.rslora,
         use_dora=spec.dora,
@@ -42,7 +43,7 @@ def add_fresh(network: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
         _remeasure_magnitudes(network)
 
 
-def add_from_file(network: nn.Module, pipeline_class: Any, path: str, *, dropout: float) -> None:
+def add_from_file(network: Any, pipeline_class: Any, path: str, *, dropout: float) -> None:
     """Adds the adapter at `path` as "trained".
 
     Raises:
@@ -55,14 +56,14 @@ def add_from_file(network: nn.Module, pipeline_class: Any, path: str, *, dropout
             "merge it into the base first"
         )
     pipeline_class.load_lora_into_unet(state, alphas, network, adapter_name=TRAINED, metadata=metadata)
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer) and TRAINED in module.lora_dropout:
-            module.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
+    for layer in _layers(network):
+        if TRAINED in layer.lora_dropout:
+            layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
     activate(network, TRAINED)
     _to_float32(network)
 
 
-def add_frozen_copy(network: nn.Module, name: str) -> None:
+def add_frozen_copy(network: Any, name: str) -> None:
     """Adds a copy of the adapter "trained" under `name`, without dropout and without gradients."""
     config = network.peft_config[TRAINED]
     plain = {**config.to_dict(), "lora_dropout": 0.0}
@@ -74,27 +75,26 @@ def add_frozen_copy(network: nn.Module, name: str) -> None:
     activate(network, TRAINED)
 
 
-def activate(network: nn.Module, name: str) -> None:
+def activate(network: Any, name: str) -> None:
     """Makes `name` the only active and the only trainable adapter."""
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(True)
-            module.set_adapter(name)
+    for layer in _layers(network):
+        layer.enable_adapters(True)
+        layer.set_adapter(name)
     for parameter_name, parameter in network.named_parameters():
         parameter.requires_grad_(f".{name}." in parameter_name or parameter_name.endswith(f".{name}"))
 
 
-def adapter_state(network: nn.Module) -> dict[str, Tensor]:
+def adapter_state(network: Any) -> dict[str, Tensor]:
     """Tensors of the adapter "trained" by peft name."""
     return get_peft_model_state_dict(network, adapter_name=TRAINED)
 
 
-def load_adapter_state(network: nn.Module, state: dict[str, Tensor]) -> None:
+def load_adapter_state(network: Any, state: dict[str, Tensor]) -> None:
     """Puts tensors of `adapter_state` back in place."""
     set_peft_model_state_dict(network, state, adapter_name=TRAINED)
 
 
-def save(network: nn.Module, pipeline_class: Any, folder: str | Path) -> None:
+def save(network: Any, pipeline_class: Any, folder: str | Path) -> None:
     """Writes the adapter "trained" with the metadata that makes it reload equal.
 
     Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout
@@ -111,7 +111,7 @@ def save(network: nn.Module, pipeline_class: Any, folder: str | Path) -> None:
 
 
 def read_adapter(
-    pipeline_class: Any, path: str, network: nn.Module
+    pipeline_class: Any, path: str, network: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
     """`(state, alphas, metadata)` of an adapter in any layout that diffusers reads; it fits `network`.
 
@@ -136,7 +136,7 @@ def read_adapter(
     return state, alphas, metadata
 
 
-def _check_fits(state: dict[str, Tensor], network: nn.Module, path: str) -> None:
+def _check_fits(state: dict[str, Tensor], network: Any, path: str) -> None:
     for key, value in state.items():
         layer_name, marker, _ = key.removeprefix("unet.").partition(".lora_A.")
         if not key.startswith("unet.") or not marker:
@@ -154,19 +154,19 @@ def _check_fits(state: dict[str, Tensor], network: nn.Module, path: str) -> None
             )
 
 
-def _to_float32(network: nn.Module) -> None:
+def _to_float32(network: Any) -> None:
     # Adapter weights are masters: updates of 1e-5 vanish in half precision.
     for name, parameter in network.named_parameters():
         if ".lora_" in name and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
 
 
-def _remeasure_magnitudes(network: nn.Module) -> None:
+def _remeasure_magnitudes(network: Any) -> None:
     # Over a half-precision base peft rounds DoRA's magnitudes to that precision but divides by norms taken in
     # float32: the fresh adapter would change the base (at beta 5000 a step-0 logit of 2.5 on a tiny UNet,
     # measured on 0.21).
-    for layer in network.modules():
-        if isinstance(layer, BaseTunerLayer) and TRAINED in getattr(layer, "lora_magnitude_vector", {}):
+    for layer in _layers(network):
+        if TRAINED in getattr(layer, "lora_magnitude_vector", {}):
             layer.lora_magnitude_vector[TRAINED].update_layer(
                 base_layer=layer.get_base_layer(),
                 lora_A=layer.lora_A[TRAINED].weight,
@@ -175,7 +175,11 @@ def _remeasure_magnitudes(network: nn.Module) -> None:
             )
 
 
-def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def _layers(network: Any) -> list[Any]:
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _known_fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value for key, value in values.items() if key in cls.__dataclass_fields__ and key != "peft_type"
     }

@@ -66,8 +66,26 @@ class Model(Protocol):
         """Rows `[1, d]` that tell the network sizes (height, width) and crop (top, left); empty if blind."""
         ...
 
-    def generate(self, prompts: list[str], seeds: list[int], **settings: Any) -> list[Any]:
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: str | None = None,
+        embedded: tuple[Conditioning, Conditioning] | None = None,
+    ) -> list[Any]:
         """One PIL image per (prompt, seed)."""
+        ...
+
+    def embed_for_generation(
+        self, prompts: list[str], negative_prompt: str | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
         ...
 
     def start_training(self, adapter: AdapterSpec, *, seed: int, with_reference: bool) -> None:

@@ -30,7 +30,7 @@ def write_sdxl(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=24 + 6 * 4,
     )
-    StableDiffusionXLPipeline(
+    pipeline: Any = StableDiffusionXLPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(text),
         text_encoder_2=CLIPTextModelWithProjection(text_2),
@@ -38,13 +38,14 @@ def write_sdxl(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None
         tokenizer_2=words,
         unet=unet,
         scheduler=EulerDiscreteScheduler(**BETAS, **scheduler_options),
-    ).save_pretrained(folder)
+    )
+    pipeline.save_pretrained(folder)
 
 
 def write_sd(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None:
     """Writes a random SD 1.x pipeline for 32-pixel images (latents 4 x 16 x 16)."""
     torch.manual_seed(seed)
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config(32)),
         tokenizer=tokenizer(),
@@ -53,7 +54,8 @@ def write_sd(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
+    )
+    pipeline.save_pretrained(folder)
 
 
 def _unet_config(cross_attention_dim: int) -> dict[str, Any]:

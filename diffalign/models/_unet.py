@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +31,6 @@ class UNetModel:
 
     pipeline_class: ClassVar[Any]
     encoder_parts: ClassVar[tuple[str, ...]]
-    call: ClassVar[Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]]
 
     def __init__(self, spec: ModelSpec, device: str = "cpu") -> None:
         self.spec, self.device = spec, torch.device(device)
@@ -44,6 +42,11 @@ class UNetModel:
         self.default_resolution: int = _largest_side(unet["sample_size"]) * self.latent_scale
         self.check_family(unet)
         self._denoiser: Denoiser | None = None
+
+    @staticmethod
+    def call(network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The UNet's native prediction for `x_t` `[B, c, h, w]` at `t_B` `[B]`."""
+        raise NotImplementedError
 
     def check_family(self, unet_config: dict[str, Any]) -> None:
         """Refuses a UNet of another family."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -95,7 +96,7 @@ def pair_logs(
     target: Tensor | None,
 ) -> dict[str, Tensor]:
     """Detached `[N]` entries of the health report, turned so that `w` is the preferred image of each pair."""
-    flipped = (target < 0.5) if target is not None else margin.new_zeros(len(margin), dtype=bool)
+    flipped = (target < 0.5) if target is not None else margin.new_zeros(len(margin), dtype=torch.bool)
     sides = {
         "err_w": err_second.where(flipped, err_first),
         "err_l": err_first.where(flipped, err_second),
