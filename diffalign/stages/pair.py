@@ -74,13 +74,6 @@ def pair(
     found = f"{len(groups)} prompts ({drops.words()})"
     if not records:
         raise UserError(f"{path}: no pair out of {found}; lower margin or use ties=soft")
-    counts = {
-        "pictures": len(rows),
-        "prompts": len(groups),
-        "pairs_asked": len(records) + len(drops.names.get("tie", [])),
-        "pairs": len(records),
-        "dropped": drops.counts(),
-    }
     decides = {key: value for key, value in recipe.items() if key not in ("images", "out")}
     same = {**decides, "by": name, "images": files.file_identity(path)}
     with resumable_folder(out, stage="pair", recipe=recipe, same=same):
@@ -91,7 +84,7 @@ def pair(
             stage="pair",
             recipe=recipe,
             inputs={"images": path},
-            counts=counts,
+            counts={"pictures": len(rows), "prompts": len(groups), **drops.pair_counts(len(records))},
             dropped=drops.names,
             extra={"scorer": name, "higher_is_better": higher_is_better},
         )
@@ -112,6 +105,10 @@ class Drops:
     def counts(self) -> dict[str, int]:
         """Returns reason -> how many."""
         return {reason: len(names) for reason, names in self.names.items()}
+
+    def pair_counts(self, made: int) -> dict[str, Any]:
+        """Returns the manifest's counts of pairs, `made` of which were written."""
+        return {"pairs_asked": made + len(self.names.get("tie", [])), "pairs": made, "dropped": self.counts()}
 
     def words(self) -> str:
         """Returns the counts in words."""
