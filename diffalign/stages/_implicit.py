@@ -5,59 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffalign.common import files
+from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
-from diffalign.common.progress import Progress, say
+from diffalign.common.progress import Progress
 from diffalign.common.statistics import Interval, bootstrap_interval
 from diffalign.data.buckets import PreprocessSpec
 from diffalign.data.cache import EncodedSet, encode_pairs
+from diffalign.data.sources._base import Source
+from diffalign.models._spec import ModelSpec
 from diffalign.training.implicit import PairJudgement, accuracy, judge
 from diffalign.training.setup import accelerator_for
 
 ROWS_FILE, SUMMARY_FILE = "implicit.jsonl", "implicit.json"
 
 
-def evaluate_implicit(
-    *,
-    model: Any,
-    data: Any,
-    adapter: str,
-    preprocess: PreprocessSpec,
-    draws: int,
-    precision: str,
-    limit: int | None,
-    folder: Path,
-) -> dict[str, Any]:
-    """Returns the summary, after writing one row a pair to `implicit.jsonl` and the summary to
-    `implicit.json`.
+def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source, out: Path) -> Path:
+    """Returns the path of `implicit.json`; beside it are `implicit.jsonl`, one row a pair, and the manifest.
 
     Args:
+        recipe: the resolved recipe; `adapter`, `preprocess`, `draws`, `precision` and `limit` are read here.
         model: the base.
         data: preference pairs; ties are left out.
-        adapter: folder of the aligned LoRA or UNet.
-        preprocess: how pictures are fitted to the network.
-        draws: stratified (timestep, noise) draws a pair, fixed.
-        precision: of the forward passes.
-        limit: judge so many pairs only.
-        folder: where the files go.
+        out: folder for the files.
 
     Raises:
         UserError: no adapter, an adapter for another base, no decided pair.
     """
-    if draws < 1:
-        raise UserError(f"draws={draws}: use 1 or more (8 by default)")
-    accelerator = accelerator_for(precision)
+    num_draws = recipe["draws"]
+    if num_draws < 1:
+        raise UserError(f"draws={num_draws}: use 1 or more (8 by default)")
+    preprocess = PreprocessSpec(**recipe["preprocess"])
+    accelerator = accelerator_for(recipe["precision"])
     backbone = model.load(str(accelerator.device))
-    pairs = data.usable_pairs(limit=limit)
+    backbone.load_policy(recipe["adapter"])
+    pairs = data.usable_pairs(limit=recipe["limit"])
     encoded = encode_pairs(pairs, backbone, preprocess, unit="pair", seed=0)
     backbone.drop_encoders()
-    backbone.load_policy(adapter)
     judgements = []
     with Progress("judge", len(encoded), "pairs") as bar:
         for judgement in judge(
             backbone.denoiser,
             encoded,
-            num_draws=draws,
+            num_draws=num_draws,
             batch_size=preprocess.batch_size,
             device=accelerator.device,
             context=accelerator.autocast,
@@ -66,18 +55,27 @@ def evaluate_implicit(
             bar.update(1)
     if not judgements:
         raise UserError("no pair is decided: implicit accuracy needs pairs with a preferred image")
-    files.write_jsonl(folder / ROWS_FILE, rows_of(judgements, encoded))
     summary = {
+        "mode": "implicit",
         "pairs": len(judgements),
-        "draws": draws,
+        "draws": num_draws,
         "accuracy": accuracy(judgements).as_dict(),
         "base_error_accuracy": base_accuracy(judgements).as_dict(),
-        "counts": pairs.tally.counts(),
-        "dropped": pairs.tally.dropped,
     }
-    files.write_json(folder / SUMMARY_FILE, summary)
-    say(f"implicit accuracy {accuracy(judgements)}; by the base's error alone {base_accuracy(judgements)}")
-    return summary
+    with files.folder_lock(out):
+        files.write_jsonl(out / ROWS_FILE, rows_of(judgements, encoded))
+        files.write_json(out / SUMMARY_FILE, summary)
+        manifest.write_manifest(
+            out,
+            stage="evaluate",
+            recipe=recipe,
+            inputs={**data.inputs(), "adapter": recipe["adapter"]},
+            counts=pairs.tally.counts(),
+            dropped=pairs.tally.dropped,
+            extra={"base": backbone.fingerprint()},
+        )
+    print(f"implicit accuracy {accuracy(judgements)}; by the base's error alone {base_accuracy(judgements)}")
+    return out / SUMMARY_FILE
 
 
 def base_accuracy(judgements: list[PairJudgement]) -> Interval:

@@ -1,25 +1,31 @@
 """Say whether the aligned model is better, and what that cost.
 
-mode=images compares two folders of pictures of the same prompts and seeds. For every scorer: how often
-aligned beats base (ties half) with a 95 % interval over prompts, a sign test, the mean difference with its
-interval; beside them how far the pictures moved (pixels, embeddings) and what they lost (edges, colours,
-diversity). Writes OUT/report.json, report.txt and grid.png.
+mode=images (the default) compares two folders of pictures of the same prompts and seeds. For every scorer:
+how often aligned beats base (ties half) with a 95 % interval over prompts, a sign test, the mean difference
+with its interval; beside them how far the pictures moved (pixels, embeddings) and what they lost (edges,
+colours, diversity). Writes OUT/report.json, report.txt and grid.png.
+
+mode=implicit judges by denoising errors: on pairs that people decided, how often the aligned model lowered
+the error of the preferred picture more than that of the other. Writes OUT/implicit.json and implicit.jsonl.
 
 Examples:
     diffalign evaluate base=base-scores aligned=aligned-scores out=report
     diffalign evaluate base=base aligned=aligned scorers=[scene] out=report
     diffalign evaluate base=base-scores aligned=aligned-scores out=report \\
         embedder=clip embedder.path=openai/clip-vit-base-patch32
+    diffalign evaluate mode=implicit model=sdxl model.path=sdxl adapter=runs/dpo/adapter \\
+        data=pickapic data.path=pickapic_v2/data data.split=validation_unique out=implicit
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from diffalign.common.config import Many, One, make_many, make_one, resolved_recipe
 from diffalign.common.errors import UserError, unknown
+from diffalign.data.buckets import PreprocessSpec
 
 if TYPE_CHECKING:
     from diffalign.evaluation.pairs import Shot
@@ -40,6 +46,12 @@ def evaluate(
     scorers: Annotated[dict[str, Any] | None, Many("scorers")] = None,
     embedder: Annotated[Any, One("scorers")] = None,
     limit: int | None = None,
+    model: Annotated[Any, One("models")] = None,
+    data: Annotated[Any, One("data.sources")] = None,
+    adapter: str | None = None,
+    preprocess: PreprocessSpec = PreprocessSpec(),  # noqa: B008
+    draws: int = 8,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     tie_epsilon: float = 0.0,
     grid_rows: int = 4,
     batch_size: int = 16,
@@ -50,13 +62,20 @@ def evaluate(
 
     Args:
         out: folder for the report; an earlier report there is replaced.
-        mode: images: compare the pictures of `base` and `aligned`.
+        mode: images: compare the pictures of `base` and `aligned`; implicit: compare the denoising errors of
+            `adapter` and its base on the pairs of `data`.
         base: pictures of the base model: output folder of score, or of generate with `scorers`.
         aligned: pictures of the aligned model, of the same prompts and seeds.
         scorers: score the pictures now; null: take the scores that are there.
         embedder: a scorer with picture features, for embedding distance and diversity; null: the first of
             `scorers` that has them.
         limit: the first so many prompts only.
+        model: mode=implicit: the base.
+        data: mode=implicit: preference pairs; ties are left out.
+        adapter: mode=implicit: folder of the aligned LoRA or UNet.
+        preprocess: mode=implicit: how pictures are fitted to the network.
+        draws: mode=implicit: fixed, stratified (timestep, noise) draws a pair.
+        precision: mode=implicit: of the forward passes.
         tie_epsilon: scores that differ by at most this are a tie.
         grid_rows: pairs in each column of the picture: biggest wins, random, biggest losses.
         batch_size: pictures scored at a time.
@@ -70,10 +89,10 @@ def evaluate(
     recipe = resolved_recipe(evaluate, locals())
     if mode not in MODES:
         raise unknown("mode of evaluate", mode, MODES)
-    return MODES[mode](recipe, scorers, embedder)
+    return MODES[mode](recipe, {"scorers": scorers, "embedder": embedder, "model": model, "data": data})
 
 
-def _images(recipe: dict[str, Any], scorers: Any, embedder: Any) -> Path:
+def _images(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
     """mode=images: returns the path of the report."""
     from diffalign.common import files, manifest
     from diffalign.evaluation.grid import choose, draw_grid
@@ -85,8 +104,8 @@ def _images(recipe: dict[str, Any], scorers: Any, embedder: Any) -> Path:
     out = Path(recipe["out"])
     _run.refuse_foreign_output(out, "evaluate", (REPORT,))
     place = _run.pick_device(recipe["device"])
-    chosen = make_many("scorers", scorers) if scorers is not None else {}
-    made = make_one("scorers", embedder)
+    chosen = make_many("scorers", plugins["scorers"]) if plugins["scorers"] is not None else {}
+    made = make_one("scorers", plugins["embedder"])
     if made is not None and not hasattr(made, "embed_images"):
         raise UserError(f"embedder={recipe['embedder']['name']} gives no picture features: use embedder=clip")
     sides = {name: _rows(recipe[name], name, bool(chosen)) for name in ("base", "aligned")}
@@ -125,8 +144,30 @@ def _images(recipe: dict[str, Any], scorers: Any, embedder: Any) -> Path:
     return out / REPORT
 
 
-MODES: dict[str, Callable[[dict[str, Any], Any, Any], Path]] = {"images": _images}
-"""mode -> what it does, given the resolved recipe and the scorers and embedder as they came."""
+def _implicit(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
+    """mode=implicit: returns the path of the summary."""
+    from diffalign.stages import _implicit, _run
+
+    for name in ("model", "data", "adapter"):
+        if recipe[name] is None:
+            raise UserError(
+                f"evaluate mode=implicit needs {name}: the base, the pairs and the aligned adapter"
+            )
+    out = Path(recipe["out"])
+    _run.refuse_foreign_output(out, "evaluate", (_implicit.SUMMARY_FILE,))
+    return _implicit.evaluate_implicit(
+        recipe,
+        model=make_one("models", plugins["model"]),
+        data=make_one("data.sources", plugins["data"]),
+        out=out,
+    )
+
+
+MODES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Path]] = {
+    "images": _images,
+    "implicit": _implicit,
+}
+"""mode -> what it does, given the resolved recipe and its plug-ins as they came."""
 
 
 def as_json(report: Report, recipe: dict[str, Any]) -> dict[str, Any]:
