@@ -235,8 +235,8 @@ def test_help_is_quick(words: list[str]) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and done.stderr == "[]\n"
     assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1.5
-    lines = done.stdout.rstrip().splitlines()
-    assert any(line.startswith("Examples:") for line in lines) and "diffalign" in lines[-1]
+    _, _, examples = done.stdout.rpartition("\nExamples:\n")
+    assert examples.startswith("  diffalign ")
 
 
 def test_python_m_is_the_same_program() -> None:
@@ -259,7 +259,7 @@ def test_shared_keys_mean_the_same_everywhere(verb: str) -> None:
         assert name not in keys or keys[name].plugin == mark
     for name, key in keys.items():
         if key.plugin is not None and name not in SHARED_PLUGINS:
-            assert key.plugin in SHARED_PLUGINS.values()
+            assert key.plugin.kind in {mark.kind for mark in SHARED_PLUGINS.values()}
     assert "out" in keys and all(key.note for key in keys.values()), "every key needs a line in Args:"
 
 
