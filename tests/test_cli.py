@@ -40,7 +40,7 @@ SHARED = {
     "limit",
 }
 """The keys shared by all verbs; the list is frozen, recipes depend on it."""
-SHARED_BY_SOME = {"batch_size", "device"}
+SHARED_BY_SOME = {"batch_size", "device", "precision", "preprocess"}
 """Further keys of two verbs or more, with one meaning."""
 
 STAGE = '''
