@@ -25,3 +25,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Adds the list to pytest's filters; later filters are stronger than the `error` of pyproject.toml."""
     for category, message in allowed_warnings():
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category}")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random Stable Diffusion pipeline of the smallest size; read it, never write to it."""
+    from diffalign.models.sd import Plugin
+
+    return Plugin.tiny(tmp_path_factory.mktemp("tiny") / "sd").path
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random SDXL pipeline of the smallest size; read it, never write to it."""
+    from diffalign.models.sdxl import Plugin
+
+    return Plugin.tiny(tmp_path_factory.mktemp("tiny") / "sdxl").path

@@ -50,6 +50,7 @@ class Denoiser:
     call: Call
     policies: dict[str, Adapters | FrozenCopy] = field(default_factory=dict)
     _copy_in_use: nn.Module | None = field(default=None, init=False, repr=False)
+    _depth: int = field(default=0, init=False, repr=False)
 
     def predict(self, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The selected policy's native prediction, shape of `x_t`, in the dtype the network answers in."""
@@ -67,20 +68,27 @@ class Denoiser:
 
         Raises:
             KeyError: a policy that was never set up (our own mistake, not a user's).
+            RuntimeError: "train" inside another policy, whose weights would answer in its place.
         """
         if name == "train":
+            if self._depth:
+                raise RuntimeError("the policy train cannot be selected inside another policy")
             yield
             return
         policy = self.policies[name]
-        if isinstance(policy, FrozenCopy):
-            previous, self._copy_in_use = self._copy_in_use, policy.network
-            try:
+        previous = self._copy_in_use
+        self._depth += 1
+        try:
+            if isinstance(policy, FrozenCopy):
+                self._copy_in_use = policy.network
                 yield
-            finally:
-                self._copy_in_use = previous
-        else:
-            with _active_adapters(self.network, policy.names):
-                yield
+            else:
+                self._copy_in_use = None
+                with _active_adapters(self.network, policy.names):
+                    yield
+        finally:
+            self._copy_in_use = previous
+            self._depth -= 1
 
 
 @contextmanager

@@ -6,6 +6,7 @@ size, workers or resuming; stratification only changes how `u` is made.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,8 @@ from diffalign.common import draws
 from diffalign.common.errors import UserError, unknown
 
 KINDS = ("uniform", "logit_normal", "mode", "grid")
+LARGEST_MODE_SCALE = 2.0 / (math.pi - 2.0)
+"""Beyond it (and below -1) mode sampling's map from uniform numbers to positions is no longer monotonic."""
 
 
 @dataclass
@@ -47,15 +50,19 @@ class TimestepSpec:
             raise UserError(
                 "timesteps.grid is empty: give the timesteps, e.g. timesteps.grid=[249,499,749,999]"
             )
-        if self.std <= 0:
+        if not self.std > 0:
             raise UserError(f"timesteps.std is {self.std}: use a value above 0")
+        if not -1.0 <= self.scale <= LARGEST_MODE_SCALE:
+            raise UserError(f"timesteps.scale is {self.scale}: use a value from -1 to {LARGEST_MODE_SCALE:.2f}")
+        if self.strata < 0:
+            raise UserError(f"timesteps.strata is {self.strata}: use 0 or more")
         if self.low < 0 or (self.high is not None and self.high <= self.low):
             raise UserError(f"timesteps low={self.low}, high={self.high}: use 0 <= low < high")
 
     def draw(self, u_B: Tensor, num_timesteps: int) -> Tensor:
         """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)), for a process of `num_timesteps`."""
         high = num_timesteps if self.high is None else self.high
-        outside = [t for t in [*self.grid, high - 1] if not 0 <= t < num_timesteps]
+        outside = [t for t in [*self.grid, self.low, high - 1] if not 0 <= t < num_timesteps]
         if outside:
             raise UserError(
                 f"timestep {outside[0]} is outside [0, {num_timesteps}): the base has {num_timesteps}"
