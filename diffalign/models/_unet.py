@@ -42,6 +42,8 @@ class UNetModel:
         self.default_resolution: int = _largest_side(unet["sample_size"]) * self.latent_scale
         self.check_family(unet)
         self._denoiser: Denoiser | None = None
+        self._adapter_weights: dict[str, float] = {}
+        self._adapts_encoders = False
 
     @staticmethod
     def call(network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
@@ -263,13 +265,18 @@ class UNetModel:
 
     def load_adapter(self, path: str, *, weight: float = 1.0, name: str | None = None) -> None:
         """Adds a LoRA for generation; several add up, each with its weight."""
-        _adapters.read_adapter(self.pipeline_class, path, self.network)
-        pipeline = self.pipeline(*self.encoder_parts, "unet")
-        loaded: dict[str, float] = self.__dict__.setdefault("_adapter_weights", {})
-        name = name or f"adapter_{len(loaded)}"
-        pipeline.load_lora_weights(path, adapter_name=name)
-        loaded[name] = weight
-        pipeline.set_adapters(list(loaded), list(loaded.values()))
+        state, alphas, metadata = _adapters.read_adapter(self.pipeline_class, path, self.network)
+        name = name or f"adapter_{len(self._adapter_weights)}"
+        if all(key.startswith("unet.") for key in state):
+            self.pipeline_class.load_lora_into_unet(
+                state, alphas, self.network, adapter_name=name, metadata=metadata
+            )
+        else:
+            self._adapts_encoders = True
+            self.pipeline(*self.encoder_parts, "unet").load_lora_weights(path, adapter_name=name)
+        self._adapter_weights[name] = weight
+        adapted = self.pipeline(*self.encoder_parts, "unet") if self._adapts_encoders else self.network
+        adapted.set_adapters(list(self._adapter_weights), list(self._adapter_weights.values()))
 
     def fingerprint(self) -> str:
         """Identity of UNet, VAE, text encoders and prediction type: equal weights give equal fingerprints."""
