@@ -40,7 +40,9 @@ ALIKE = 0.76  # soft overlap (intersection over union) with the template
 ALIKE_MARGIN = 0.015  # and this much more than with any other template,
 ALIKE_RATIO = 1.22  # whose misfit is at least so many times as large
 EDGE_WIDTH = 3.6  # px from 20 % to 80 %; a gaussian blur of 2 px gives about 3.7
-SOFTNESS = (0.7, 1.1, 1.6)  # px of blur in the templates: as drawn, mild blur, an image decoder
+# Templates as drawn, after mild blur, after more, and with the corners rounded as an image decoder rounds
+# them: (px of blur before the outline is taken anew, px of blur after).
+WEAR = ((0.0, 0.7), (0.0, 1.1), (0.0, 1.6), (1.3, 1.0))
 MIN_RADIUS, MAX_RADIUS = 5.0, 15.5
 MAX_OBJECTS = 6
 _GRID = 28  # side of the square on which shapes are compared
@@ -291,7 +293,7 @@ def _likeness(
     stretch = np.abs(np.log(deviation_x / deviation_y / ratios))
     # Moments hide a stretch: a bar would pass as a square. Up to 15 % is free, then it costs.
     overlap = overlap * np.exp(-4.0 * np.maximum(stretch - 0.14, 0.0))
-    # One softness for all shapes, the one that suits the best of them: shapes are compared on equal terms.
+    # One wear for all shapes, the one that suits the best of them: shapes are compared on equal terms.
     return overlap[overlap.max(axis=1).argmax()]
 
 
@@ -309,16 +311,17 @@ def _hats(places: np.ndarray, length: int) -> np.ndarray:
 
 @functools.cache
 def _templates(radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Templates [softness, shapes, grid, grid] at normal moments, and their ratios of deviations x / y."""
+    """Templates [wear, shapes, grid, grid] at normal moments, and their ratios of deviations x / y."""
     grids, ratios = (
-        np.zeros((len(SOFTNESS), len(SHAPES), _GRID, _GRID)),
-        np.zeros((len(SOFTNESS), len(SHAPES))),
+        np.zeros((len(WEAR), len(SHAPES), _GRID, _GRID)),
+        np.zeros((len(WEAR), len(SHAPES))),
     )
     steps = (np.arange(_GRID) + 0.5) / _GRID * 2.0 - 1.0
     for index, shape in enumerate(SHAPES):
         mask = paint(outline(shape, radius), RING_HOLE * radius if shape == "ring" else 0.0)
-        for level, sigma in enumerate(SOFTNESS):
-            soft = ndimage.gaussian_filter(mask, sigma)
+        for level, (rounding, sigma) in enumerate(WEAR):
+            worn = ndimage.gaussian_filter(mask, rounding) > 0.5 if rounding else mask
+            soft = ndimage.gaussian_filter(worn.astype(np.float64), sigma)
             x, y, deviation_x, deviation_y = _moments(soft)
             rows, columns = y - 0.5 + _SPAN * deviation_y * steps, x - 0.5 + _SPAN * deviation_x * steps
             grids[level, index] = _bilinear(soft, rows, columns)
