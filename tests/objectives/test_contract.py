@@ -1,0 +1,140 @@
+"""What every objective must keep to: each plug-in that is found is asked the same questions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.common import plugins
+from diffalign.data.batches import Batch
+from diffalign.diffusion.likelihood import Draws
+from diffalign.models._spec import AdapterSpec
+from diffalign.models.sdxl import Plugin as SDXL
+from diffalign.objectives._base import Objective, Output
+from tests.tiny_training import draws_of, make_batch, perturb, take
+
+OBJECTIVES = plugins.names("objectives")
+
+
+@pytest.fixture(scope="module")
+def shared_model(tiny_sdxl: str) -> Any:
+    """A tiny SDXL in float64, whose policy has moved away from a reference that is itself an adapter."""
+    model: Any = SDXL(path=tiny_sdxl).load()
+    model.start_training(AdapterSpec(rank=2), seed=0, with_reference=True)
+    perturb(model.denoiser.trainable_parameters(), 0.02)
+    model.network.double()  # so that batches of another shape agree far beyond float32
+    return model
+
+
+@pytest.fixture
+def model(shared_model: Any) -> Any:
+    """The shared model, put back after the test."""
+    state = {name: tensor.clone() for name, tensor in shared_model.trained_state().items()}
+    yield shared_model
+    shared_model.load_trained_state(state)
+    shared_model.network.zero_grad()
+
+
+def an_objective(name: str) -> Any:
+    return plugins.get("objectives", name)()
+
+
+def run(objective: Any, model: Any, batch: Batch, draws: Draws) -> Output:
+    shared = objective.prepare(model.denoiser, [(batch, draws)])
+    output: Output = objective.compute(model.denoiser, batch, draws, shared)
+    return output
+
+
+def backward(objective: Any, model: Any, batch: Batch, draws: Draws) -> float:
+    """The mean loss, whose gradient is left on the parameters."""
+    model.network.zero_grad()
+    output = run(objective, model, batch, draws)
+    objective.backward(output, 1.0 / batch.num_groups, torch.Tensor.backward)
+    return output.loss.mean().item()
+
+
+def gradient(objective: Any, model: Any, batch: Batch, draws: Draws) -> Tensor:
+    backward(objective, model, batch, draws)
+    return torch.cat([p.grad.flatten() for p in model.denoiser.trainable_parameters()])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_finite_loss_a_group(name: str, model: Any) -> None:
+    objective = an_objective(name)
+    assert isinstance(objective, Objective) and objective.unit in ("pair", "list", "single")
+    batch = make_batch(model, unit=objective.unit)
+    output = run(objective, model, batch, draws_of(batch))
+    assert output.loss.shape == (4,) and output.loss.dtype == torch.float32
+    assert bool(torch.isfinite(output.loss).all()) and output.loss.requires_grad
+    for key, values in output.logs.items():
+        assert values.shape == (4,) and not values.requires_grad, key
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_groups_do_not_see_one_another(name: str, model: Any) -> None:
+    """Alone, together and in another order each group has the same loss, and the same draws the same bits."""
+    objective = an_objective(name)
+    batch = make_batch(model, unit=objective.unit)
+    draws = draws_of(batch)
+    together = run(objective, model, batch, draws)
+    assert torch.equal(run(objective, model, batch, draws).loss, together.loss)
+    order = [2, 0, 3, 1]
+    permuted = run(objective, model, *take(batch, draws, order))
+    assert torch.allclose(permuted.loss, together.loss[order], rtol=1e-4, atol=1e-5)
+    if type(objective).prepare is Objective.prepare:  # others may look at the whole step
+        alone = torch.cat([run(objective, model, *take(batch, draws, [group])).loss for group in range(4)])
+        assert torch.allclose(alone, together.loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_only_the_adapter_has_a_gradient_and_the_batch_stays_as_it_is(name: str, model: Any) -> None:
+    objective = an_objective(name)
+    batch = make_batch(model, unit=objective.unit)
+    draws = draws_of(batch)
+    before = copy.deepcopy((batch, draws))
+    grad = gradient(objective, model, batch, draws)
+    assert bool(torch.isfinite(grad).all()) and bool(grad.any())
+    for parameter_name, parameter in model.network.named_parameters():
+        assert (parameter.grad is not None) == (".trained." in parameter_name), parameter_name
+    now, then = (batch.latents, draws.noise, draws.t), (before[0].latents, before[1].noise, before[1].t)
+    for tensor, copied in zip(now, then, strict=True):
+        assert torch.equal(tensor, copied) and tensor.grad is None
+    for key, tensor in batch.cond.items():
+        assert torch.equal(tensor, before[0].cond[key])
+    assert batch.target is None or torch.equal(batch.target, before[0].target)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_twenty_steps_on_one_batch_lower_the_loss(name: str, model: Any) -> None:
+    objective = an_objective(name)
+    batch = make_batch(model, unit=objective.unit, groups=2)
+    draws = draws_of(batch)
+    adamw = torch.optim.AdamW(model.denoiser.trainable_parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(20):
+        losses.append(backward(objective, model, batch, draws))
+        adamw.step()
+    assert losses[-1] < 0.99 * losses[0]
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if an_objective(name).unit == "pair"])
+def test_swapping_the_labels_turns_the_gradient_round(name: str, model: Any) -> None:
+    objective = an_objective(name)
+    batch = make_batch(model, groups=1)
+    draws = draws_of(batch)
+    wins = gradient(objective, model, batch, draws)
+    loses = gradient(objective, model, make_batch(model, groups=1, target=torch.zeros(1)), draws)
+    cosine = torch.nn.functional.cosine_similarity(wins, loses, dim=0).item()
+    assert cosine == pytest.approx(-1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_state_survives_a_checkpoint(name: str) -> None:
+    objective = an_objective(name)
+    state = objective.state_dict()
+    objective.load_state_dict(copy.deepcopy(state))
+    assert objective.state_dict() == state

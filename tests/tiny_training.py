@@ -1,0 +1,94 @@
+"""Batches, pairs and models of the smallest size for tests of objectives, models and training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.common.conditioning import Conditioning
+from diffalign.data.batches import Batch
+from diffalign.data.records import Candidate, ImageRef, Record
+from diffalign.data.select import Pair
+from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.timesteps import TimestepSpec
+from diffalign.training.sampling import training_draws
+
+IMAGES_A_GROUP = {"pair": 2, "list": 3, "single": 1}
+
+
+def perturb(parameters: Sequence[Tensor], scale: float, *, seed: int = 0) -> None:
+    """Adds keyed noise, so that an adapter is not the one that changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def make_batch(model: Any, *, unit: str = "pair", groups: int = 4, target: Tensor | None = None) -> Batch:
+    """Groups of random latents for `model`; pairs prefer their first image unless `target` says otherwise."""
+    per_group = IMAGES_A_GROUP[unit]
+    prompts = [f"a picture of {name}" for name in "abcdefgh"[:groups] for _ in range(per_group)]
+    sizes = model.size_conditioning((32, 32), (0, 0), (32, 32))
+    rows = {name: row.repeat(len(prompts), 1) for name, row in sizes.items()}
+    generator = torch.Generator().manual_seed(5)
+    if unit == "pair" and target is None:
+        target = torch.ones(groups)
+    return Batch(
+        ids=[f"row-{number}" for number in range(groups)],
+        epoch=0,
+        positions=torch.arange(groups),
+        latents=torch.randn(len(prompts), model.latent_channels, 16, 16, generator=generator),
+        cond=Conditioning({**model.encode_prompts(prompts), **rows}),
+        counts=torch.full((groups,), per_group),
+        target=target,
+    )
+
+
+def draws_of(batch: Batch, *, seed: int = 0) -> Draws:
+    """The draws that training would use."""
+    return training_draws(batch, TimestepSpec(), 1000, seed=seed)
+
+
+def take(batch: Batch, draws: Draws, groups: Sequence[int]) -> tuple[Batch, Draws]:
+    """The chosen groups of a batch whose groups are equally large, with their draws, in the given order."""
+    size = batch.num_images // batch.num_groups
+    rows = torch.tensor([group * size + image for group in groups for image in range(size)])
+    chosen = torch.tensor(groups)
+    return (
+        Batch(
+            ids=[batch.ids[group] for group in groups],
+            epoch=batch.epoch,
+            positions=batch.positions[chosen],
+            latents=batch.latents[rows],
+            cond=batch.cond.rows(rows),
+            counts=batch.counts[chosen],
+            target=None if batch.target is None else batch.target[chosen],
+        ),
+        Draws(draws.t[rows], draws.noise[rows]),
+    )
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """A random picture of (width, height) pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_pair(
+    name: str,
+    *,
+    prompt: str = "a thing",
+    target: float = 1.0,
+    images: tuple[Image.Image, Image.Image] | None = None,
+    size: tuple[int, int] = (32, 32),
+) -> Pair:
+    """A usable pair with random pictures keyed by its name."""
+    seed = sum(ord(letter) * 31**place for place, letter in enumerate(name))
+    chosen = images or (picture(2 * seed, size), picture(2 * seed + 1, size))
+    candidates = [Candidate(ImageRef(name=f"{name}:{side}")) for side in (0, 1)]
+    return Pair(Record(name, prompt, candidates), chosen, target)
