@@ -68,7 +68,10 @@ def draw_grid(
     fonts = {size: ImageFont.load_default(size) for size in (13, 14, 17, 20)}
     kept = [section for section in sections if section.pairs]
     block_width = 2 * SIDE + _GAP
-    caption_height = _CAPTION_LINES * 18 + 4
+    captions = {
+        id(pair): _caption(pair, fonts[14], block_width) for section in kept for pair in section.pairs
+    }
+    caption_height = 18 * max((text.count("\n") + 1 for text in captions.values()), default=1) + 4
     block_height = caption_height + SIDE + 34
     top = _MARGIN + (34 if title else 0) + 34
     count = max((len(section.pairs) for section in kept), default=0)
@@ -84,9 +87,7 @@ def draw_grid(
         pen.text((left, top - 30), section.title, fill=_INK, font=fonts[17])
         for row, pair in enumerate(section.pairs):
             place = top + row * (block_height + _GAP)
-            caption = _wrapped(pair.base.prompt, fonts[14], block_width)
-            seed = "" if pair.base.seed is None else f"  (seed {pair.base.seed})"
-            pen.multiline_text((left, place), caption + seed, fill=_INK, font=fonts[14], spacing=4)
+            pen.multiline_text((left, place), captions[id(pair)], fill=_INK, font=fonts[14], spacing=4)
             for index, shot in enumerate((pair.base, pair.aligned)):
                 x, y = left + index * (SIDE + _GAP), place + caption_height
                 sheet.paste(_tile(shot), (x, y))
@@ -120,11 +121,13 @@ def _tile(shot: Shot) -> Image.Image:
     return tile
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Returns the prompt in at most three lines; a cut one ends with dots."""
-    line = " ".join(text.split())
+def _caption(pair: Pair, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Returns prompt and seed in at most three lines; a cut prompt ends with dots."""
+    seed = "" if pair.base.seed is None else f"(seed {pair.base.seed})"
     characters = max(10, int(width / max(font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27, 1)))
-    wrapped = textwrap.wrap(line, characters, max_lines=_CAPTION_LINES, placeholder=" ...")
+    room = _CAPTION_LINES * (characters - 8) - len(seed)  # lines break at words, not at the last character
+    prompt = textwrap.shorten(" ".join(pair.base.prompt.split()), room, placeholder=" ...")
+    wrapped = textwrap.wrap(f"{prompt} {seed}", characters, max_lines=_CAPTION_LINES, placeholder=" ...")
     return "\n".join(_fitted(part, font, width) for part in wrapped)
 
 

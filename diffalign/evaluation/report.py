@@ -181,7 +181,7 @@ def _reward(
 
 def _kind(pairs: Sequence[Pair], name: str) -> tuple[str, str, bool]:
     """Returns (scale, version, higher is better) of a scorer. UserError when the scores disagree."""
-    kinds = {}
+    kinds: dict[tuple[str, str, bool], str] = {}
     for pair in pairs:
         for side, shot in (("base", pair.base), ("aligned", pair.aligned)):
             if (score := shot.scores.get(name)) is not None:

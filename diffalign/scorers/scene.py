@@ -4,9 +4,9 @@ Scales (`scale`):
     share       share of the caption's clauses that are right, 0 to 1
     accurate    1 where every clause is right, else 0
 
-Parts: `accurate` (as above), and for each kind of clause (object, colour, count, position, other) the share of its clauses that are
-right; NaN where the caption has no clause of that kind. A prompt that is no scene caption gives NaN and
-says so in `errors`.
+Parts: `accurate` (as above), and for each kind of clause (object, colour, count, position, other) the share
+of its clauses that are right; NaN where the caption has no clause of that kind. A prompt that is no scene
+caption gives NaN and says so in `errors`.
 """
 
 from __future__ import annotations

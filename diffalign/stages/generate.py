@@ -16,6 +16,7 @@ Examples:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,7 @@ def generate(
     spec = make_one("models", model)
     loaded = spec.load(_run.pick_device(device))
     _check_size(loaded, height, width)
-    for name, use in uses.items():
-        loaded.load_adapter(use.path, weight=use.weight, name=name)
+    _load_adapters(loaded, uses)
     settings = {name: recipe[name] for name in SETTINGS}
     same = {
         "prompts": [[prompt.id, prompt.text] for prompt in asked],
@@ -182,16 +182,21 @@ def _adapter_uses(
         raise UserError(
             f"adapter_weight={weight} without adapter=: give the adapter, or leave the weight out"
         )
-    uses = {
-        name: use if isinstance(use, AdapterUse) else AdapterUse(**use)
-        for name, use in (adapters or {}).items()
-    }
-    for name in uses:
-        if not name.isidentifier():
-            raise UserError(
-                f"adapters: the name '{name}' is used inside the network: write it like a variable"
-            )
-    return uses
+    given = adapters or {}
+    return {name: use if isinstance(use, AdapterUse) else AdapterUse(**use) for name, use in given.items()}
+
+
+def _load_adapters(model: Any, uses: dict[str, AdapterUse]) -> None:
+    """Adds the adapters to the model.
+
+    Inside the network they get names of our own: peft finds weights by searching names in keys, so that an
+    adapter called "a" or "weight" would silently stay empty.
+    """
+    with warnings.catch_warnings():
+        # peft asks whether several adapters are meant. They are.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        for index, use in enumerate(uses.values()):
+            model.load_adapter(use.path, weight=use.weight, name=f"drawn_{index}")
 
 
 def _check_settings(

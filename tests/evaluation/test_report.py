@@ -86,7 +86,9 @@ def test_rounding_does_not_decide_a_prompt(folder):
 
 
 def test_lower_wins_where_the_scorer_says_so(folder):
-    pairs = pairs_of(rows([0.5, 0.5], higher_is_better=False), rows([0.1, 0.6], higher_is_better=False), folder)
+    pairs = pairs_of(
+        rows([0.5, 0.5], higher_is_better=False), rows([0.1, 0.6], higher_is_better=False), folder
+    )
     reward = compare(pairs).rewards["scene"]
     assert not reward.higher_is_better
     assert (reward.wins, reward.losses, reward.win_rate.estimate) == (1, 1, 0.5)
@@ -106,7 +108,9 @@ def test_failed_scores_are_dropped_and_counted(folder):
     report = compare(pairs)
     assert report.rewards["scene"].dropped == 2 and report.rewards["scene"].win_rate.n == 1
     assert "2 pairs without both scores" in report.as_text()
-    with pytest.raises(UserError, match=r"no pair has both scene scores \(first error: the picture is broken\)"):
+    with pytest.raises(
+        UserError, match=r"no pair has both scene scores \(first error: the picture is broken\)"
+    ):
         compare(pairs_of(rows([None]), rows([1.0]), folder))
 
 
@@ -197,5 +201,7 @@ def test_the_grid_draws_the_pictures(folder):
     dark = (pixels.sum(axis=2) < 150).sum()
     assert dark > 100  # title and caption
     (folder / "red.png").write_bytes(b"broken")
-    assert draw_grid(choose(pairs_of(base, aligned, folder), "scene", rows=3), "scene").size[0] == sheet.size[0]
+    assert (
+        draw_grid(choose(pairs_of(base, aligned, folder), "scene", rows=3), "scene").size[0] == sheet.size[0]
+    )
     assert math.isclose(draw_grid([], "scene").size[0], 2 * SIDE, abs_tol=100)

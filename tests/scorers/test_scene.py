@@ -40,6 +40,7 @@ def test_right_pictures_score_one_and_a_wrong_colour_costs_its_clause():
     assert scores.values.tolist() == [1, 1, 1, 1, 1, 0.75]
     assert scores.parts["colour"].tolist() == [1, 1, 1, 1, 1, 0]
     assert scores.parts["object"].tolist() == [1] * 6
+    assert scores.parts["accurate"].tolist() == [1, 1, 1, 1, 1, 0]
     assert scores.parts["count"].tolist() == [1] * 6
     position = scores.parts["position"]
     assert position[2] == 1 and position.isnan().tolist() == [True, True, False, True, True, True]
