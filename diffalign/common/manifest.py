@@ -110,7 +110,7 @@ def recipe_identity(recipe: Mapping[str, Any]) -> str:
 
 
 def identities(inputs: Mapping[str, Path | str]) -> dict[str, dict[str, Any]]:
-    """Returns, for each input, its path with the identity of its content; a text that is no path is kept as it is."""
+    """Returns each input's path with the identity of its content; a text that is no path stays as it is."""
     return {name: _input_identity(source) for name, source in inputs.items()}
 
 
