@@ -2,7 +2,7 @@
 
 from diffalign.scenes.caption import caption, describe, parse, sample_prompts, vocabulary
 from diffalign.scenes.draw import FAULTS, draw, draw_faulty
-from diffalign.scenes.grade import KINDS, ClauseResult, Grade, grade
+from diffalign.scenes.grade import KINDS, ClauseResult, Grade, grade, judge
 from diffalign.scenes.look import SeenObject, View, look
 from diffalign.scenes.scene import (
     BACKGROUNDS,
@@ -40,6 +40,7 @@ __all__ = [
     "draw_faulty",
     "grade",
     "is_held_out",
+    "judge",
     "look",
     "parse",
     "sample_prompts",

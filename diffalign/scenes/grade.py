@@ -58,8 +58,12 @@ def grade(image: Image.Image | np.ndarray, wanted: Scene | str) -> Grade:
     A picture that shows no scene (empty, noise, texture, clutter) has every clause wrong. Anything besides
     the wanted objects makes the count wrong. Raises UserError when a caption is not one of the scene grammar.
     """
+    return judge(look(image), wanted)
+
+
+def judge(view: View, wanted: Scene | str) -> Grade:
+    """The grade of a picture that has been looked at already; see `grade`."""
     scene = parse(wanted) if isinstance(wanted, str) else wanted
-    view = look(image)
     clauses = _alike_clauses(scene, view) if scene.relation is None else _pair_clauses(scene, view)
     ground = ClauseResult("other", f"{scene.background} background", view.background == scene.background)
     clauses.append(ground)

@@ -140,9 +140,10 @@ def _segment(
     parts, count = ndimage.label(body)
     seeds = np.zeros(parts.shape, dtype=np.int32)
     colours: list[np.ndarray] = []
-    for part in range(1, count + 1):
+    # Below 12 px of core: even a worn specimen of the smallest shape has more; it stays unexplained.
+    sizes = np.bincount(parts[core], minlength=count + 1)
+    for part in np.flatnonzero(sizes[1:] >= 12) + 1:
         for mask in _of_one_colour(smooth, core & (parts == part)):
-            # Below 12 px even a speck of the smallest shape has more core; it stays unexplained.
             colour = np.median(smooth[mask], axis=0)
             if mask.sum() >= 12 and float(np.linalg.norm(colour - ground)) > DIFFERENT:
                 colours.append(colour)
