@@ -23,11 +23,10 @@ from PIL import Image
 from diffalign.common import draws, files
 from diffalign.common.manifest import versions
 from diffalign.common.statistics import bootstrap_interval
-from diffalign.data.buckets import PreprocessSpec
 from diffalign.data.cache import EncodedSet, encode_pairs
-from diffalign.data.loader import LoaderSpec
 from diffalign.data.select import Pair
 from diffalign.data.sources.pickapic import Plugin as PickAPic
+from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.demo import embedded
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL

@@ -26,7 +26,7 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.manifest import versions
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet, Example
-from diffalign.data.loader import LoaderSpec
+from diffalign.data.specs import LoaderSpec
 from diffalign.demo import embedded
 from diffalign.diffusion.likelihood import Draws
 from diffalign.diffusion.timesteps import TimestepSpec

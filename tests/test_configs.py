@@ -28,7 +28,9 @@ def test_recipe_resolves_and_keeps_what_the_file_says(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_says_how_to_run_it_and_how_far_it_is_verified(path: Path) -> None:
-    header = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    header = "".join(
+        line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#")
+    )
     assert f"diffalign train --config configs/{path.name}" in header
     assert "Verification level" in header
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,48 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.common import draws
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
+from diffalign.data.specs import PreprocessSpec
 
 Size = tuple[int, int]
 """Height and width in pixels."""
-
-
-@dataclass
-class PreprocessSpec:
-    """How pictures are fitted to the network.
-
-    Args:
-        resolution: pixels; buckets have about its square as area; null: the base's own.
-        buckets: "aspect" keeps the aspect ratio of a group as well as a bucket can, "square" crops.
-        crop: "center", or "random" with one fraction a group.
-        flip: mirror half of the groups, both images alike; wrong for prompts that say left or right.
-        size_conditioning: "target" tells the network the bucket's size for every image; "per_image" the
-            picture's own size and crop, for SFT only: in a preference pair it would let the size give the
-            label away.
-        batch_size: pictures encoded at once.
-        memory_limit_gb: refuse to keep more than this in memory.
-    """
-
-    resolution: int | None = None
-    buckets: Literal["aspect", "square"] = "aspect"
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    size_conditioning: Literal["target", "per_image"] = "target"
-    batch_size: int = 8
-    memory_limit_gb: float = 16.0
-
-    def __post_init__(self) -> None:
-        for key, value, known in (
-            ("buckets", self.buckets, ("aspect", "square")),
-            ("crop", self.crop, ("center", "random")),
-            ("size_conditioning", self.size_conditioning, ("target", "per_image")),
-        ):
-            if value not in known:
-                raise unknown(f"preprocess.{key}", value, known)
-        if self.batch_size < 1:
-            raise UserError(f"preprocess.batch_size is {self.batch_size}: use 1 or more")
-        if self.resolution is not None and self.resolution < 1:
-            raise UserError(f"preprocess.resolution is {self.resolution}: use a number of pixels")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch import Tensor
 from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
-from diffalign.data.buckets import PreprocessSpec, Size, bucket_sizes, fit, place
+from diffalign.data.buckets import Size, bucket_sizes, fit, place
 from diffalign.data.select import Pair
+from diffalign.data.specs import PreprocessSpec
 
 PROMPT_BATCH = 32
 

@@ -13,6 +13,7 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet
+from diffalign.data.specs import LoaderSpec
 
 
 @dataclass(frozen=True)
@@ -28,34 +29,6 @@ class Plan:
     epoch: int
     indices: tuple[int, ...]
     first_position: int
-
-
-@dataclass
-class LoaderSpec:
-    """How examples are drawn and put together.
-
-    Args:
-        batch_size: groups in a micro-batch.
-        num_workers: processes that put batches together beside the training.
-        caption_dropout: share of groups trained on the branch that classifier-free guidance uses as its
-            negative.
-        posterior: "sample" draws latents from the VAE's posterior anew each epoch, "mean" takes its mean.
-    """
-
-    batch_size: int = 1
-    num_workers: int = 0
-    caption_dropout: float = 0.0
-    posterior: str = "sample"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"loader.batch_size is {self.batch_size}: use 1 or more")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise UserError(f"loader.caption_dropout is {self.caption_dropout}: use a share in [0, 1]")
-        if self.posterior not in ("sample", "mean"):
-            raise UserError(f"loader.posterior is {self.posterior!r}: use sample or mean")
-        if self.num_workers < 0:
-            raise UserError(f"loader.num_workers is {self.num_workers}: use 0 or more")
 
 
 def epoch_plans(encoded: EncodedSet, batch_size: int, *, seed: int, epoch: int) -> list[Plan]:

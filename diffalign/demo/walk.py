@@ -8,8 +8,8 @@ from typing import Any
 
 from diffalign.common import files, manifest
 from diffalign.common.progress import say
-from diffalign.data.loader import LoaderSpec
 from diffalign.data.sources.jsonl import Plugin as Preferences
+from diffalign.data.specs import LoaderSpec
 from diffalign.demo import embedded
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL

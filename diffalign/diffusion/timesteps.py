@@ -6,78 +6,13 @@ size, workers or resuming; stratification only changes how `u` is made.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from diffalign.common import draws
-from diffalign.common.errors import UserError, unknown
+from diffalign.diffusion.specs import TimestepSpec
 
-KINDS = ("uniform", "logit_normal", "mode", "grid")
-LARGEST_MODE_SCALE = 2.0 / (math.pi - 2.0)
-"""Beyond it (and below -1) mode sampling's map from uniform numbers to positions is no longer monotonic."""
-
-
-@dataclass
-class TimestepSpec:
-    """The distribution of training timesteps.
-
-    Args:
-        kind: "uniform" over `[low, high)`; "logit_normal": sigmoid of a normal with `mean` and `std`, and
-            "mode" with `scale` (both Esser et al. 2024, arXiv 2403.03206, section 3.1), squeezed into
-            `[low, high)`; "grid": each of `grid` with equal chance.
-        low: smallest timestep drawn.
-        high: one past the largest; null: the length of the process.
-        strata: consecutive samples of the run cycle through this many equal slices of [0, 1); 0 or 1: none.
-    """
-
-    kind: Literal["uniform", "logit_normal", "mode", "grid"] = "uniform"
-    low: int = 0
-    high: int | None = None
-    mean: float = 0.0
-    std: float = 1.0
-    scale: float = 1.29
-    grid: list[int] = field(default_factory=list)
-    strata: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("timesteps.kind", self.kind, KINDS)
-        if self.kind == "grid" and not self.grid:
-            raise UserError(
-                "timesteps.grid is empty: give the timesteps, e.g. timesteps.grid=[249,499,749,999]"
-            )
-        if not self.std > 0:
-            raise UserError(f"timesteps.std is {self.std}: use a value above 0")
-        if not -1.0 <= self.scale <= LARGEST_MODE_SCALE:
-            raise UserError(f"timesteps.scale is {self.scale}: use a value from -1 to {LARGEST_MODE_SCALE:.2f}")
-        if self.strata < 0:
-            raise UserError(f"timesteps.strata is {self.strata}: use 0 or more")
-        if self.low < 0 or (self.high is not None and self.high <= self.low):
-            raise UserError(f"timesteps low={self.low}, high={self.high}: use 0 <= low < high")
-
-    def draw(self, u_B: Tensor, num_timesteps: int) -> Tensor:
-        """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)), for a process of `num_timesteps`."""
-        high = num_timesteps if self.high is None else self.high
-        outside = [t for t in [*self.grid, self.low, high - 1] if not 0 <= t < num_timesteps]
-        if outside:
-            raise UserError(
-                f"timestep {outside[0]} is outside [0, {num_timesteps}): the base has {num_timesteps}"
-            )
-        if self.kind == "grid":
-            return torch.tensor(self.grid)[(u_B * len(self.grid)).long()]
-        position = self._position(u_B).clamp(0.0, 1.0 - 1e-12)
-        return self.low + (position * (high - self.low)).long()
-
-    def _position(self, u_B: Tensor) -> Tensor:
-        if self.kind == "logit_normal":
-            return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u_B))
-        if self.kind == "mode":
-            return 1.0 - u_B - self.scale * (torch.cos(torch.pi / 2.0 * u_B) ** 2 - 1.0 + u_B)
-        return u_B
+__all__ = ["TimestepSpec", "keyed_uniform", "stratified_grid"]
 
 
 def keyed_uniform(*key: int | str, position: int = 0, strata: int = 0) -> float:

@@ -9,9 +9,9 @@ from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.common.progress import Progress
 from diffalign.common.statistics import Interval, bootstrap_interval
-from diffalign.data.buckets import PreprocessSpec
 from diffalign.data.cache import EncodedSet, encode_pairs
 from diffalign.data.sources._base import Source
+from diffalign.data.specs import PreprocessSpec
 from diffalign.models._spec import ModelSpec
 from diffalign.training.implicit import PairJudgement, accuracy, judge
 from diffalign.training.setup import accelerator_for

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from diffalign.common.config import Many, One, make_many, make_one, resolved_recipe
 from diffalign.common.errors import UserError, unknown
-from diffalign.data.buckets import PreprocessSpec
+from diffalign.data.specs import PreprocessSpec
 
 if TYPE_CHECKING:
     from diffalign.evaluation.pairs import Shot

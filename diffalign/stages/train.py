@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from diffalign.common.config import One, make_one, resolved_recipe
 from diffalign.common.errors import UserError, unknown
-from diffalign.data.buckets import PreprocessSpec
-from diffalign.data.loader import LoaderSpec
-from diffalign.diffusion.timesteps import TimestepSpec
+from diffalign.data.specs import LoaderSpec, PreprocessSpec
+from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.training.specs import PRECISIONS, CheckpointSpec, OptimizerSpec, SampleSpec, ValidationSpec
 

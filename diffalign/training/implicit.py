@@ -14,7 +14,8 @@ from torch import Tensor
 from diffalign.common.statistics import Interval, bootstrap_interval
 from diffalign.data.batches import Batch, first_and_second
 from diffalign.data.cache import EncodedSet
-from diffalign.data.loader import LoaderSpec, Plan, assemble
+from diffalign.data.loader import Plan, assemble
+from diffalign.data.specs import LoaderSpec
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import denoising_terms, implicit_reward
 from diffalign.training.sampling import fixed_draws

@@ -24,7 +24,8 @@ from diffalign.common.interrupts import StopRequest
 from diffalign.common.progress import Progress, say
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet
-from diffalign.data.loader import LoaderSpec, batches
+from diffalign.data.loader import batches
+from diffalign.data.specs import LoaderSpec
 from diffalign.diffusion.likelihood import Draws
 from diffalign.diffusion.timesteps import TimestepSpec
 from diffalign.models._base import Model

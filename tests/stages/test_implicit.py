@@ -1,0 +1,111 @@
+"""`evaluate mode=implicit` through the command line, on a tiny pipeline and a hand-made set of pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffalign import cli
+from diffalign.models._spec import AdapterSpec
+from diffalign.models.sdxl import Plugin as SDXL
+from tests.pickapic_files import jpeg, row, write
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four decided pairs (two each way), a tie and a broken picture."""
+    path = tmp_path_factory.mktemp("pairs") / "train-00000-of-00001.parquet"
+    light, dark = jpeg(200, (32, 32)), jpeg(40, (32, 32))
+    write(
+        path,
+        [
+            row("a cat", light, dark, (1.0, 0.0)),
+            row("a dog", dark, light, (0.0, 1.0)),
+            row("a cow", light, dark, (0.0, 1.0)),
+            row("a hen", dark, light, (1.0, 0.0)),
+            row("a bee", light, dark, (0.5, 0.5)),
+        ],
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def fresh_adapter(tiny_sdxl: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes nothing: policy and reference agree on every picture."""
+    model = SDXL(path=tiny_sdxl).load()
+    model.start_training(AdapterSpec(rank=2), seed=0, with_reference=True)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_adapter(str(folder))
+    return folder
+
+
+def words(tiny_sdxl: str, adapter: Path, pairs: Path, out: Path) -> list[str]:
+    return [
+        "evaluate",
+        "mode=implicit",
+        "model=sdxl",
+        f"model.path={tiny_sdxl}",
+        f"adapter={adapter}",
+        "data=pickapic",
+        f"data.path={pairs}",
+        "draws=2",
+        f"out={out}",
+    ]
+
+
+def test_an_adapter_that_changes_nothing_is_undecided(
+    tiny_sdxl: str, fresh_adapter: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Margins are exactly 0, so every pair counts half; the base's own errors follow the brightness.
+
+    In two pairs the light picture is preferred and in two the dark one, and the base's error depends on the
+    picture and its draws alone: its accuracy is a multiple of 1/4 and says nothing of the adapter.
+    """
+    assert cli.main(words(tiny_sdxl, fresh_adapter, pairs, tmp_path / "out")) == 0
+    summary = json.loads((tmp_path / "out" / "implicit.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "implicit.jsonl").read_text().splitlines()]
+    assert summary["pairs"] == 4
+    assert summary["accuracy"]["estimate"] == 0.5
+    assert [row["margin"] for row in rows] == [0.0] * 4
+    assert {row["right"] for row in rows} == {0.5}
+    assert summary["base_error_accuracy"]["estimate"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["counts"]["dropped"] == {"tie": 1}
+    assert manifest["dropped"]["tie"] == ["train-00000-of-00001.parquet:4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("adapter=nowhere/at/all", "adapter nowhere/at/all does not exist"),
+        ("draws=0", "draws=0"),
+        ("model.path=nowhere/at/all", "model.path nowhere/at/all does not exist"),
+        ("data.path=nowhere.parquet", "nowhere.parquet"),
+        ("mode=implict", "did you mean 'implicit'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    change: str,
+    said: str,
+    tiny_sdxl: str,
+    fresh_adapter: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    key = change.partition("=")[0]
+    kept = [
+        w for w in words(tiny_sdxl, fresh_adapter, pairs, tmp_path / "out") if not w.startswith(f"{key}=")
+    ]
+    assert cli.main([*kept, change]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
+    assert lines[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_parts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "mode=implicit", f"out={tmp_path / 'out'}"]) == 2
+    assert "needs model" in capsys.readouterr().err
