@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -136,7 +137,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         if not weights:
             raise UserError(f"{folder} has config.json but no weights: put model.safetensors there")
-        return transformers_folder(folder, identity or content_of(folder / "config.json", weights[0]))
+        return transformers_folder(folder, identity or content_of(folder / "config.json", *weights))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} holds no CLIP model (found: {found}): it needs {OPEN_CLIP_CONFIG} with "
@@ -277,25 +278,34 @@ def check_end_token(ids: torch.Tensor, end: int | None, name: str) -> None:
 def _from_hub(repo: str, revision: str | None) -> Path:
     """Returns the local snapshot of a hub repository, downloading the files of one layout only."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         listing = HfApi().list_repo_files(repo, revision=revision)
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except HFValidationError as error:
+        raise UserError(f"clip weights '{repo}' are no local folder and no hub id (org/name)") from error
+    except (OSError, HfHubHTTPError) as error:  # not there, or no network: perhaps it was downloaded before
         try:
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             raise UserError(
                 f"clip weights '{repo}' are no local folder and the hub does not give them: {short(error)}"
             ) from error
-    stems = (
-        ["open_clip_model", "open_clip_pytorch_model"]
-        if OPEN_CLIP_CONFIG in listing
-        else ["model", "pytorch_model"]
-    )
-    suffixes = ["safetensors"] if any(f"{stem}.safetensors" in listing for stem in stems) else ["bin"]
-    weights = [f"{stem}.{suffix}" for stem in stems for suffix in suffixes]
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.txt", *weights]))
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=hub_files(listing)))
+
+
+def hub_files(listing: list[str]) -> list[str]:
+    """Returns which files of a repository to download: the weights of one layout, and all small files."""
+    kinds = [r"open_clip_\w+", r"(pytorch_)?model(-\d+-of-\d+)?"]
+    if OPEN_CLIP_CONFIG not in listing:
+        kinds = kinds[1:]
+    for kind in kinds:
+        for suffix in ("safetensors", "bin"):
+            weights = [name for name in listing if re.fullmatch(rf"{kind}\.{suffix}", name)]
+            if weights:
+                small = [name for name in listing if "/" not in name and name.endswith((".json", ".txt"))]
+                return [*small, *weights]
+    return ["*.json", "*.txt"]
 
 
 def _tags(arch: str) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer
 from diffalign.scorers._clip_pixels import Preprocess
-from diffalign.scorers._clip_towers import tag_uses_quick_gelu
+from diffalign.scorers._clip_towers import hub_files, tag_uses_quick_gelu
 from tests.tiny_clip import full_tokenizer, model_config, write_open_clip, write_transformers
 
 PROMPTS = [
@@ -221,6 +221,26 @@ def test_what_is_no_clip_model_is_named(tmp_path, folders):
     config["model_cfg"]["embed_dim"] = 25
     (wrong / "open_clip_config.json").write_text(json.dumps(config))
     assert "do not load" in error(wrong)
+
+
+def test_a_hub_repository_is_downloaded_in_one_layout():
+    small = ["config.json", "open_clip_config.json", "tokenizer.json", "merges.txt"]
+    others = ["README.md", "onnx/model.onnx", "onnx/config.json", "tf_model.h5"]
+    ours, theirs = ["open_clip_model.safetensors"], ["model.safetensors"]
+    bins = ["pytorch_model.bin", "open_clip_pytorch_model.bin"]
+    assert hub_files(small + others + bins + ours + theirs) == small + ours
+    assert hub_files(small[2:] + others + bins + theirs) == small[2:] + theirs
+    assert hub_files(small + others + bins) == [*small, "open_clip_pytorch_model.bin"]
+    assert hub_files(small + others + theirs) == small + theirs
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert hub_files(small[2:] + shards + bins) == small[2:] + shards
+
+
+def test_a_hub_id_that_is_none_says_so():
+    with pytest.raises(UserError, match="no hub id"):
+        load_scorer("clip", path="bad id/..x")
+    with pytest.raises(UserError, match="the hub does not give them"):  # the tests run without network
+        load_scorer("clip", path="no/such-model")
 
 
 def test_bad_options_are_refused():
