@@ -100,7 +100,7 @@ class Model(Protocol):
         """Makes what a run saved at `path` the policy "train", and the base its reference."""
         ...
 
-    def load_adapter(self, path: str, *, weight: float = 1.0, name: str | None = None) -> None:
+    def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
         """Adds an adapter for generation; several add up."""
         ...
 

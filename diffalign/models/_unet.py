@@ -54,6 +54,11 @@ class UNetModel:
         """Refuses a UNet of another family."""
 
     @property
+    def unet_path(self) -> str:
+        """Where the UNet comes from, for messages."""
+        return self.parts.source("unet")[0]
+
+    @property
     def network(self) -> Any:
         """The UNet, loaded on first use."""
         return self.parts["unet"]
@@ -263,25 +268,33 @@ class UNetModel:
         denoiser.policies[REFERENCE] = Adapters()
         self.network.requires_grad_(False)
 
-    def load_adapter(self, path: str, *, weight: float = 1.0, name: str | None = None) -> None:
+    def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
         """Adds a LoRA for generation; several add up, each with its weight."""
         state, alphas, metadata = _adapters.read_adapter(self.pipeline_class, path, self.network)
-        name = name or f"adapter_{len(self._adapter_weights)}"
-        if all(key.startswith("unet.") for key in state):
-            self.pipeline_class.load_lora_into_unet(
-                state, alphas, self.network, adapter_name=name, metadata=metadata
-            )
-        else:
-            self._adapts_encoders = True
-            self.pipeline(*self.encoder_parts, "unet").load_lora_weights(path, adapter_name=name)
+        # Names of our own: peft searches names in keys, so that an adapter called "a" would silently stay empty.
+        name = f"drawn_{len(self._adapter_weights)}"
+        with warnings.catch_warnings():
+            # peft asks whether several adapters are meant. They are.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            if all(key.startswith("unet.") for key in state):
+                self.pipeline_class.load_lora_into_unet(
+                    state, alphas, self.network, adapter_name=name, metadata=metadata
+                )
+            else:
+                self._adapts_encoders = True
+                self.pipeline(*self.encoder_parts, "unet").load_lora_weights(path, adapter_name=name)
         self._adapter_weights[name] = weight
         adapted = self.pipeline(*self.encoder_parts, "unet") if self._adapts_encoders else self.network
         adapted.set_adapters(list(self._adapter_weights), list(self._adapter_weights.values()))
 
     def fingerprint(self) -> str:
-        """Identity of UNet, VAE, text encoders and prediction type: equal weights give equal fingerprints."""
+        """Identity of UNet, VAE, text encoders and forward process; the sampler does not matter."""
+        process = self.process
         return recipe_identity(
-            {name: self.parts.identity(name) for name in (*self.encoder_parts, "vae", "unet")}
+            {
+                **{name: self.parts.identity(name) for name in (*self.encoder_parts, "vae", "unet")},
+                "process": {"prediction": process.prediction, "alphas": process.alphas},
+            }
         )
 
 

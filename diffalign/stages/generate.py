@@ -16,7 +16,6 @@ Examples:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,8 @@ def generate(
     spec = make_one("models", model)
     loaded = spec.load(_run.pick_device(device))
     _check_size(loaded, height, width)
-    _load_adapters(loaded, uses)
+    for use in uses.values():
+        loaded.load_adapter(use.path, weight=use.weight)
     settings = {name: recipe[name] for name in SETTINGS}
     same = {
         "prompts": [[prompt.id, prompt.text] for prompt in asked],
@@ -184,19 +184,6 @@ def _adapter_uses(
         )
     given = adapters or {}
     return {name: use if isinstance(use, AdapterUse) else AdapterUse(**use) for name, use in given.items()}
-
-
-def _load_adapters(model: Any, uses: dict[str, AdapterUse]) -> None:
-    """Adds the adapters to the model.
-
-    Inside the network they get names of our own: peft finds weights by searching names in keys, so that an
-    adapter called "a" or "weight" would silently stay empty.
-    """
-    with warnings.catch_warnings():
-        # peft asks whether several adapters are meant. They are.
-        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-        for index, use in enumerate(uses.values()):
-            model.load_adapter(use.path, weight=use.weight, name=f"drawn_{index}")
 
 
 def _check_settings(
