@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -271,7 +272,7 @@ class UNetModel:
     def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
         """Adds a LoRA for generation; several add up, each with its weight."""
         state, alphas, metadata = _adapters.read_adapter(self.pipeline_class, path, self.network)
-        # Names of our own: peft searches names in keys, so that an adapter called "a" would silently stay empty.
+        # Names of our own: peft searches names in keys, an adapter called "a" would silently stay empty.
         name = f"drawn_{len(self._adapter_weights)}"
         with warnings.catch_warnings():
             # peft asks whether several adapters are meant. They are.
