@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.small:
         settings = settings.small()
     if arguments.unet_steps is not None:
-        settings = replace(settings, unet_steps=arguments.unet_steps)
+        settings = replace(settings, unet_steps=arguments.unet_steps, unet_horizon=arguments.unet_steps)
     out = Path(arguments.out)
     done = build(settings, out, minutes=arguments.minutes, step=arguments.step, parts=arguments.parts)
     return 0 if done else 3

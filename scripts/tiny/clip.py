@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign.scenes import (
     BACKGROUNDS,
@@ -103,14 +104,18 @@ class Contrast:
         wrongs = [wrong_scene(scene, rng)[0] for scene in scenes]
         pixels = self.bank.pixels(rows)
         pixels = pixels + 0.05 * torch.rand(()) * torch.randn_like(pixels)
-        images = functional.normalize(self.model.encode_image(pixels).float(), dim=-1)
+        # Plain attention for training, as for the UNet.
+        with sdpa_kernel(SDPBackend.MATH):
+            images = functional.normalize(self.model.encode_image(pixels).float(), dim=-1)
         texts = self.tokens([*captions, *(caption(scene, rng) for scene in wrongs)])
-        embedded = functional.normalize(self.model.encode_text(texts).float(), dim=-1)
+        with sdpa_kernel(SDPBackend.MATH):
+            embedded = functional.normalize(self.model.encode_text(texts).float(), dim=-1)
         scale = self.model.logit_scale.exp().clamp(max=100)
         logits = scale * images @ embedded.T
         # A caption of another row that means the same is no wrong answer: it leaves the sum.
-        everything = [*scenes, *wrongs]
-        same = torch.tensor([[a == b for b in everything] for a in scenes])
+        numbers: dict[Scene, int] = {}
+        meaning = torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in (*scenes, *wrongs)])
+        same = meaning[: len(rows), None] == meaning
         same.fill_diagonal_(False)
         logits = logits.masked_fill(same, float("-inf"))
         target = torch.arange(len(rows))

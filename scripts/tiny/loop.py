@@ -42,7 +42,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one part trains: AdamW, linear warm-up, cosine to 2 % of `lr`, an average of the weights (EMA)."""
+    """How one part trains: AdamW, linear warm-up, cosine to 2 % of `lr` at `horizon`, EMA of the weights."""
 
     name: str
     steps: int
@@ -55,11 +55,13 @@ class Plan:
     bf16: bool = True
     save_every_seconds: float = 60.0
     keep_every: int = 0
+    horizon: int = 0
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, 0-based."""
+        """The learning rate of a step, 0-based; `horizon` 0 is the last step."""
         warm = min(1.0, (step + 1) / max(1, min(self.warmup, self.steps // 4)))
-        return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        horizon = self.horizon or self.steps
+        return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / horizon)))
 
 
 def save_file(state: Any, path: Path) -> None:

@@ -214,6 +214,7 @@ def _train_unet(
     plan = Plan(
         name="unet",
         steps=settings.unet_steps,
+        horizon=settings.unet_horizon,
         lr=settings.unet_lr,
         seed=settings.seed,
         bf16=settings.bf16,

@@ -28,7 +28,10 @@ class Settings:
     pooled_width: int = 96
     unet_channels: tuple[int, int] = (64, 128)
     unet_layers: int = 1
-    unet_steps: int = 5000
+    # The rate falls as if training went on to `unet_horizon`; it stops earlier, while the model still errs
+    # often enough to be worth aligning.
+    unet_steps: int = 4000
+    unet_horizon: int = 5000
     unet_batch: int = 32
     unet_lr: float = 1e-3
     text_dropout: float = 0.1
@@ -39,7 +42,7 @@ class Settings:
     clip_width: int = 96
     clip_layers: int = 4
     clip_embed: int = 64
-    clip_steps: int = 1500
+    clip_steps: int = 1000
     clip_batch: int = 128
     clip_lr: float = 1e-3
     # the same for every part
@@ -62,6 +65,7 @@ class Settings:
             pooled_width=16,
             unet_channels=(16, 16),
             unet_steps=6,
+            unet_horizon=6,
             unet_batch=4,
             keep_every=3,
             probe_prompts=2,

@@ -52,6 +52,7 @@ def test_the_learning_rate_warms_up_and_falls_to_two_percent() -> None:
     assert plan.rate(0) == pytest.approx(0.1)
     assert plan.rate(500) == pytest.approx(0.51)  # halfway: 0.02 + 0.98 / 2
     assert plan.rate(999) == pytest.approx(0.02, abs=1e-4)
+    assert Plan(name="x", steps=400, lr=1.0, seed=0, warmup=10, horizon=800).rate(400) == pytest.approx(0.51)
 
 
 def test_no_minutes_stop_the_builder_and_the_same_command_goes_on(tmp_path: Path) -> None:
