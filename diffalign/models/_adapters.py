@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from diffalign.common.draws import seed_of
 from diffalign.common.errors import UserError
 from diffalign.models._base import TRAINED
+from diffalign.models._parts import first_line
 from diffalign.models._spec import AdapterSpec
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
@@ -20,6 +24,7 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 def add_fresh(network: Any, spec: AdapterSpec, *, seed: int) -> None:
     """Adds the adapter "trained" that changes nothing yet; its random half depends on `seed` alone."""
+    _check_targets(network, spec.targets)
     alpha: Any = spec.rank if spec.alpha is None else spec.alpha  # peft's annotation knows whole numbers only
     config = LoraConfig(
         r=spec.rank,
@@ -34,10 +39,7 @@ def add_fresh(network: Any, spec: AdapterSpec, *, seed: int) -> None:
         try:
             network.add_adapter(config, adapter_name=TRAINED)
         except ValueError as error:
-            raise UserError(
-                f"adapter.targets={list(spec.targets)}: no such layers in {type(network).__name__}; "
-                "attention layers are to_q, to_k, to_v, to_out.0"
-            ) from error
+            raise UserError(f"adapter.targets={list(spec.targets)}: {first_line(error)}") from error
     _to_float32(network)
     if spec.dora:
         _remeasure_magnitudes(network)
@@ -61,17 +63,26 @@ def add_from_file(network: Any, pipeline_class: Any, path: str, *, dropout: floa
             layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
     activate(network, TRAINED)
     _to_float32(network)
+    # diffusers has brought the weights to the base's precision by now: take the file's own bits again.
+    exact = _peft_names(state)
+    with torch.no_grad():
+        for key, tensor in adapter_state(network).items():
+            tensor.copy_(exact[key])
 
 
 def add_frozen_copy(network: Any, name: str) -> None:
     """Adds a copy of the adapter "trained" under `name`, without dropout and without gradients."""
     config = network.peft_config[TRAINED]
     plain = {**config.to_dict(), "lora_dropout": 0.0}
-    network.add_adapter(type(config)(**_known_fields(type(config), plain)), adapter_name=name)
-    set_peft_model_state_dict(
-        network, get_peft_model_state_dict(network, adapter_name=TRAINED), adapter_name=name
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is the purpose
+        network.add_adapter(type(config)(**_known_fields(type(config), plain)), adapter_name=name)
     _to_float32(network)
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for parameter_name, parameter in parameters.items():
+            if _belongs_to(TRAINED, parameter_name):
+                parameters[parameter_name.replace(f".{TRAINED}", f".{name}")].copy_(parameter)
     activate(network, TRAINED)
 
 
@@ -81,7 +92,11 @@ def activate(network: Any, name: str) -> None:
         layer.enable_adapters(True)
         layer.set_adapter(name)
     for parameter_name, parameter in network.named_parameters():
-        parameter.requires_grad_(f".{name}." in parameter_name or parameter_name.endswith(f".{name}"))
+        parameter.requires_grad_(_belongs_to(name, parameter_name))
+
+
+def _belongs_to(adapter: str, parameter_name: str) -> bool:
+    return f".{adapter}." in parameter_name or parameter_name.endswith(f".{adapter}")
 
 
 def adapter_state(network: Any) -> dict[str, Tensor]:
@@ -125,9 +140,8 @@ def read_adapter(
         state, alphas, metadata = pipeline_class.lora_state_dict(
             path, unet_config=network.config, return_lora_metadata=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read the adapter {path}: {first}") from error
+    except Exception as error:  # converting a foreign layout, or asking the hub, fails in many ways
+        raise UserError(f"cannot read the adapter {path}: {first_line(error)}") from error
     if not state or not all("lora" in key for key in state):
         raise UserError(
             f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote"
@@ -136,22 +150,47 @@ def read_adapter(
     return state, alphas, metadata
 
 
-def _check_fits(state: dict[str, Tensor], network: Any, path: str) -> None:
-    for key, value in state.items():
-        layer_name, marker, _ = key.removeprefix("unet.").partition(".lora_A.")
-        if not key.startswith("unet.") or not marker:
-            continue
-        try:
-            layer = network.get_submodule(layer_name)
-        except AttributeError:
-            layer = None
-        weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
-        if weight is None or weight.shape[1] != value.shape[1]:
-            found = "has no such layer" if weight is None else f"has {weight.shape[1]} inputs there"
+def _check_targets(network: Any, targets: Sequence[str]) -> None:
+    """Refuses a target that names no layer; peft itself is content when any one of them does."""
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(
-                f"adapter {path} is for another architecture: {layer_name} takes {value.shape[1]} inputs, "
-                f"the base {found}; use the base it was trained on"
+                f"adapter.targets: {type(network).__name__} has no layer {target!r}; attention layers "
+                "are to_q, to_k, to_v, to_out.0"
             )
+
+
+def _peft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The UNet's tensors by peft's names, whichever layout (peft, older diffusers, kohya) the file has."""
+    inside = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
+    if not inside or "lora_A" in next(iter(inside)):
+        return inside
+    converted: dict[str, Tensor] = convert_unet_state_dict_to_peft(inside)
+    return converted
+
+
+def _check_fits(state: dict[str, Tensor], network: Any, path: str) -> None:
+    for key, value in _peft_names(state).items():
+        for marker, axis, side in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
+            layer_name, found, _ = key.partition(marker)
+            if not found:
+                continue
+            weight = _weight_of(network, layer_name)
+            if weight is None or weight.shape[axis] != value.shape[axis]:
+                base = "has no such layer" if weight is None else f"has {weight.shape[axis]} {side} there"
+                raise UserError(
+                    f"adapter {path} is for another architecture: {layer_name} has {value.shape[axis]} "
+                    f"{side}, the base {base}; use the base it was trained on"
+                )
+
+
+def _weight_of(network: Any, layer_name: str) -> Tensor | None:
+    try:
+        layer = network.get_submodule(layer_name)
+    except AttributeError:
+        return None
+    return getattr(getattr(layer, "base_layer", layer), "weight", None)
 
 
 def _to_float32(network: Any) -> None:

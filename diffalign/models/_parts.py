@@ -63,6 +63,8 @@ class Parts:
         own = getattr(self.spec, OWN_FOLDER_PARTS[name]) if name in OWN_FOLDER_PARTS else None
         if own is None:
             return self.spec.path, name
+        if not Path(own).exists() and _looks_local(own):
+            raise UserError(f"model.{name} {own} does not exist: give a diffusers folder or a hub id")
         nested = Path(own) / OWN_FOLDER_PARTS[name]
         return own, OWN_FOLDER_PARTS[name] if nested.is_dir() else None
 
@@ -80,7 +82,7 @@ class Parts:
         try:
             return dict(cls.load_config(path, subfolder=subfolder, revision=revision))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the {name} config of {path}: {_first_line(error)}") from error
+            raise UserError(f"cannot read the {name} config of {path}: {first_line(error)}") from error
 
     def identity(self, name: str) -> dict[str, Any]:
         """What tells these weights from others: content of local files, or hub id and revision."""
@@ -96,10 +98,7 @@ class Parts:
         path = Path(self.spec.path)
         if path.is_file():
             raise UserError(f"model.path {path} is a file: give a diffusers pipeline folder or a hub id")
-        looks_local = (
-            path.is_absolute() or self.spec.path.startswith((".", "~")) or self.spec.path.count("/") != 1
-        )
-        if not path.is_dir() and looks_local:
+        if not path.is_dir() and _looks_local(self.spec.path):
             raise UserError(
                 f"model.path {self.spec.path} does not exist: give a diffusers pipeline folder or a hub id"
             )
@@ -108,7 +107,7 @@ class Parts:
         try:
             return dict(DiffusionPipeline.load_config(self.spec.path, revision=self.spec.revision))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the pipeline {self.spec.path}: {_first_line(error)}") from error
+            raise UserError(f"cannot read the pipeline {self.spec.path}: {first_line(error)}") from error
 
     def _load(self, name: str, path: str, subfolder: str | None) -> Any:
         library, class_name = self.index[name]
@@ -127,8 +126,13 @@ class Parts:
             part = cls.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:
             where = path if subfolder is None else f"{path} ({name})"
-            raise UserError(f"cannot load {where}: {_first_line(error)}") from error
+            raise UserError(f"cannot load {where}: {first_line(error)}") from error
         return part.to(self.device).eval().requires_grad_(False) if hasattr(cls, "parameters") else part
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that does not exist cannot be the id of something on the hub."""
+    return Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
 
 
 def _quiet() -> None:
@@ -144,6 +148,7 @@ def _is_part(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

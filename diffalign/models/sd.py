@@ -52,10 +52,10 @@ class StableDiffusion(UNetModel):
     def check_family(self, unet_config: dict[str, Any]) -> None:
         """Refuses UNets with SDXL's extra conditioning and inpainting UNets."""
         if unet_config.get("addition_embed_type") is not None:
-            raise UserError(f"the UNet of {self.spec.path} takes size conditioning: use model=sdxl")
+            raise UserError(f"the UNet of {self.unet_path} takes size conditioning: use model=sdxl")
         if unet_config.get("in_channels") != self.latent_channels:
             raise UserError(
-                f"the UNet of {self.spec.path} takes {unet_config.get('in_channels')} channels, its VAE "
+                f"the UNet of {self.unet_path} takes {unet_config.get('in_channels')} channels, its VAE "
                 f"gives {self.latent_channels}: inpainting and depth bases cannot be aligned here, use a "
                 "text-to-image base"
             )

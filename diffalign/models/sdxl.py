@@ -57,7 +57,7 @@ class SDXL(UNetModel):
         """Refuses UNets without SDXL's pooled-text and size conditioning, and the refiner."""
         if unet_config.get("addition_embed_type") != "text_time":
             raise UserError(
-                f"the UNet of {self.spec.path} takes no size conditioning, so it is not SDXL: use model=sd"
+                f"the UNet of {self.unet_path} takes no size conditioning, so it is not SDXL: use model=sd"
             )
         if self.parts.index.get("requires_aesthetics_score"):
             raise UserError(
