@@ -22,6 +22,7 @@ from diffalign.scenes import (
     Scene,
     caption,
     draw,
+    is_held_out,
     parse,
     sample_scene,
 )
@@ -55,8 +56,12 @@ def model_config(settings: Settings, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def wrong_scene(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
-    """A scene that differs from `scene` in one word or in the order of its words, and what differs."""
+def wrong_scene(scene: Scene, rng: np.random.Generator, *, seen_only: bool = False) -> tuple[Scene, str]:
+    """A scene that differs from `scene` in one word or in the order of its words, and what differs.
+
+    seen_only: no held-out combination in it. Training needs it: a combination only ever met in wrong
+    captions is learned to be wrong.
+    """
     kinds = ["colour", "shape", "background", "binding" if scene.relation else "count"]
     kinds += ["position"] if scene.relation else []
     while True:
@@ -80,7 +85,7 @@ def wrong_scene(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
             changed = Scene(tuple(objects), background, relation)
         except ValueError:  # two objects of one colour or one shape: not a scene
             continue
-        if changed != scene:
+        if changed != scene and not (seen_only and is_held_out(changed)):
             return changed, kind
 
 
@@ -101,7 +106,7 @@ class Contrast:
         rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
         captions = [self.bank.captions[row] for row in rows.tolist()]
         scenes = [parse(text) for text in captions]
-        wrongs = [wrong_scene(scene, rng)[0] for scene in scenes]
+        wrongs = [wrong_scene(scene, rng, seen_only=True)[0] for scene in scenes]
         pixels = self.bank.pixels(rows)
         pixels = pixels + 0.05 * torch.rand(()) * torch.randn_like(pixels)
         # Plain attention for training, as for the UNet.

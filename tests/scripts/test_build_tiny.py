@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from diffalign.scenes import caption, is_held_out, parse, sample_scene
 from scripts.build_tiny import build, main
+from scripts.tiny.clip import wrong_scene
 from scripts.tiny.loop import Clock, OutOfTime, Plan, train
 from scripts.tiny.settings import Settings
 
@@ -144,3 +147,19 @@ def test_open_clip_loads_its_folder_without_a_network(built: Path) -> None:
     embedded = model.encode_text(tokens, normalize=True)
     assert torch.allclose(embedded.norm(dim=-1), torch.ones(2), atol=1e-5)
     assert not torch.allclose(embedded[0], embedded[1])
+
+
+def test_almost_right_captions_differ_in_one_thing_and_avoid_held_out_combinations_when_asked() -> None:
+    rng = np.random.default_rng(0)
+    kinds, held = set(), 0
+    for index in range(300):
+        scene = sample_scene(rng, split="train")
+        changed, kind = wrong_scene(scene, rng, seen_only=index < 150)
+        assert changed != scene and parse(caption(changed)) == changed
+        assert (changed.background != scene.background) is (kind == "background")
+        assert (changed.relation != scene.relation) is (kind == "position")
+        held += is_held_out(changed)
+        assert index >= 150 or held == 0
+        kinds.add(kind)
+    assert held > 0
+    assert kinds == {"colour", "shape", "background", "binding", "count", "position"}
