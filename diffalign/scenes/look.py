@@ -8,7 +8,7 @@ stay readable.
 
 from __future__ import annotations
 
-import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,13 @@ from PIL import Image
 from scipy import ndimage
 
 from diffalign.common.errors import UserError
-from diffalign.scenes.draw import CANVAS, RING_HOLE, outline, paint
-from diffalign.scenes.scene import BACKGROUNDS, COLOURS, SHAPES
+from diffalign.scenes.draw import CANVAS
+from diffalign.scenes.hues import lab_distances, name_background, name_colour
+from diffalign.scenes.shapes import edge_width, moments, name_shape
 
 # Distances between colours are euclidean in sRGB (0-255), unless they are called Lab.
 REACH = 6.0  # px from the core of an object to the faintest end of its edge
-SMOOTHING = 0.7  # px, against pixel noise; templates carry the same
+SMOOTHING = 0.7  # px, against pixel noise
 DIFFERENT = 42.0  # a pixel further from the background is not background
 MIXTURE_TOLERANCE = 62.0  # inside an object: distance from the line background - object colour
 EDGE_TOLERANCE = 80.0  # the same within 2 px of an edge, where chroma subsampling bleeds
@@ -34,19 +35,9 @@ LOCAL_GRAIN = 26.0  # the same over any 8 x 8 block
 BACKGROUND_UNREST = 11.0  # rms per channel of the smoothed background around its colour
 OBJECT_UNREST = 24.0  # rms per channel of an object's inner pixels around its colour
 BORDER_TOUCH = 4  # px of the border that an object may cover before it counts as cut off
-COLOUR_RANGE = 33.0  # Lab distance to the named colour
-COLOUR_MARGIN = 0.85  # and at most this share of the distance to the next one
-ALIKE = 0.76  # soft overlap (intersection over union) with the template
-ALIKE_MARGIN = 0.015  # and this much more than with any other template,
-ALIKE_RATIO = 1.22  # whose misfit is at least so many times as large
 EDGE_WIDTH = 3.6  # px from 20 % to 80 %; a gaussian blur of 2 px gives about 3.7
-# Templates as drawn, after mild blur, after more, and with the corners rounded as an image decoder rounds
-# them: (px of blur before the outline is taken anew, px of blur after).
-WEAR = ((0.0, 0.7), (0.0, 1.1), (0.0, 1.6), (1.3, 1.0))
 MIN_RADIUS, MAX_RADIUS = 5.0, 15.5
 MAX_OBJECTS = 6
-_GRID = 28  # side of the square on which shapes are compared
-_SPAN = 2.3  # its half side, in standard deviations of the shape
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ def look(image: Image.Image | np.ndarray) -> View:
         ]
     )
     ground = np.median(frame, axis=0)
-    background = _name_background(ground)
+    background = name_background(ground)
     distance = np.sqrt(((smooth - ground) ** 2).sum(axis=2))
     if (distance < DIFFERENT).mean() < BACKGROUND_SHARE:
         return View(background, (), 0, "no plain background")
@@ -121,15 +112,6 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
     return np.asarray(image, dtype=np.float32)
 
 
-def _name_background(ground: np.ndarray) -> str | None:
-    """white, gray or black, or None for a tinted ground or a level between two names."""
-    if ground.max() - ground.min() > 32:
-        return None
-    level = float(ground.mean())
-    name = min(BACKGROUNDS, key=lambda known: abs(BACKGROUNDS[known][0] - level))
-    return name if abs(BACKGROUNDS[name][0] - level) < 48 else None
-
-
 def _segment(
     smooth: np.ndarray, ground: np.ndarray, distance: np.ndarray
 ) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -139,19 +121,42 @@ def _segment(
     core = body & (distance > 0.85 * peak)
     parts, count = ndimage.label(body)
     seeds = np.zeros(parts.shape, dtype=np.int32)
+    owned = np.zeros(parts.shape, dtype=bool)
     colours: list[np.ndarray] = []
     # Below 12 px of core: even a worn specimen of the smallest shape has more; it stays unexplained.
     sizes = np.bincount(parts[core], minlength=count + 1)
     for part in np.flatnonzero(sizes[1:] >= 12) + 1:
-        for mask in _of_one_colour(smooth, core & (parts == part)):
+        masks = _of_one_colour(smooth, core & (parts == part))
+        for mask in itertools.chain.from_iterable(map(_pull_apart, masks)):
             colour = np.median(smooth[mask], axis=0)
             if mask.sum() >= 12 and float(np.linalg.norm(colour - ground)) > DIFFERENT:
                 colours.append(colour)
                 seeds[mask] = len(colours)
+                owned |= parts == part
     if not colours:
         return seeds, colours
     gap, (rows, columns) = ndimage.distance_transform_edt(seeds == 0, return_indices=True)
-    return np.where(gap <= REACH, seeds[rows, columns], 0), colours
+    return np.where(owned | (gap <= REACH), seeds[rows, columns], 0), colours
+
+
+def _pull_apart(mask: np.ndarray) -> list[np.ndarray]:
+    """The mask, or, where it is too large for one object, its parts without the bridges between them."""
+    if _extent(mask) <= 2 * MAX_RADIUS:
+        return [mask]
+    for times in range(4):
+        worn = ndimage.binary_erosion(mask, iterations=times) if times else mask
+        labels, count = ndimage.label(worn)
+        parts = [labels == part for part in range(1, count + 1)]
+        parts = [part for part in parts if part.sum() >= 12]
+        if len(parts) > 1 and max(_extent(part) for part in parts) <= 2 * MAX_RADIUS:
+            return parts
+    return [mask]
+
+
+def _extent(mask: np.ndarray) -> int:
+    """The longer side of the upright box around a mask, px."""
+    rows, columns = np.nonzero(mask)
+    return int(max(np.ptp(rows), np.ptp(columns))) + 1 if len(rows) else 0
 
 
 def _of_one_colour(smooth: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -163,7 +168,7 @@ def _of_one_colour(smooth: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     if (spread > 60.0).mean() < 0.12:
         return [mask]
     names = np.full(mask.shape, -1)
-    names[mask] = _lab_distances(pixels).argmin(axis=1)
+    names[mask] = lab_distances(pixels).argmin(axis=1)
     masks = []
     for name in np.unique(names[mask]):
         parts, count = ndimage.label(names == name)
@@ -240,123 +245,10 @@ def _identify(alpha: np.ndarray, colour: np.ndarray) -> SeenObject:
     """The object whose soft mask and colour these are."""
     rows, columns = np.nonzero(alpha > 0.5)
     radius = 0.25 * (np.ptp(rows) + np.ptp(columns) + 2.0) if len(rows) else 0.0
-    x, y, deviation_x, deviation_y = _moments(alpha)
-    width = _edge_width(alpha)
-    likeness = _likeness(alpha, x, y, deviation_x, deviation_y, radius)
-    order = np.argsort(likeness)[::-1]
-    best = float(likeness[order[0]])
-    second = float(likeness[order[1]])
-    clear = best >= ALIKE and best - second >= ALIKE_MARGIN and 1.0 - second >= ALIKE_RATIO * (1.0 - best)
+    x, y, _, _ = moments(alpha)
+    width = edge_width(alpha)
+    name, best = name_shape(alpha, radius)
     rim = alpha > 0.5
     touch = max(int(line.sum()) for line in (rim[0], rim[-1], rim[:, 0], rim[:, -1]))
     fits = MIN_RADIUS <= radius <= MAX_RADIUS and width <= EDGE_WIDTH and touch <= BORDER_TOUCH
-    shape = SHAPES[int(order[0])] if clear and fits else None
-    return SeenObject(shape, _name_colour(colour), x, y, float(radius), best, width)
-
-
-def _moments(alpha: np.ndarray) -> tuple[float, float, float, float]:
-    """Centre x, y and standard deviations in x, y of a soft mask, in px."""
-    total = float(alpha.sum()) + 1e-9
-    column, row = alpha.sum(axis=0), alpha.sum(axis=1)
-    places = np.arange(alpha.shape[0]) + 0.5
-    x, y = float(column @ places) / total, float(row @ places) / total
-    wide, tall = float(column @ (places - x) ** 2) / total, float(row @ (places - y) ** 2) / total
-    return x, y, max(wide, 1e-6) ** 0.5, max(tall, 1e-6) ** 0.5
-
-
-def _edge_width(alpha: np.ndarray) -> float:
-    """Width of the edge from 20 % to 80 %, px, of the upright or of the level edges, whichever is wider.
-
-    Each is the area between the two levels over the length of the outline, and that length is the summed
-    gradient (coarea formula). Two directions, because a smear along one would hide in their mean.
-    """
-    between = (alpha > 0.2) & (alpha < 0.8)
-    down, right = np.gradient(alpha)
-    slope = np.hypot(down, right)
-    upright = np.abs(right) >= np.abs(down)
-    return max(
-        float((between & way).sum()) / max(float(slope[way].sum()), 1.0) for way in (upright, ~upright)
-    )
-
-
-def _likeness(
-    alpha: np.ndarray, x: float, y: float, deviation_x: float, deviation_y: float, radius: float
-) -> np.ndarray:
-    """Soft overlap of the object with each shape's template, both at the same moments; float [shapes]."""
-    steps = (np.arange(_GRID) + 0.5) / _GRID * 2.0 - 1.0
-    columns = x - 0.5 + _SPAN * deviation_x * steps
-    rows = y - 0.5 + _SPAN * deviation_y * steps
-    sampled = _bilinear(alpha, rows, columns)
-    templates, ratios = _templates(7.5 if radius < 8.5 else 9.5 if radius < 10.5 else 12.0)
-    overlap = np.minimum(sampled, templates).sum(axis=(2, 3)) / np.maximum(sampled, templates).sum(
-        axis=(2, 3)
-    )
-    stretch = np.abs(np.log(deviation_x / deviation_y / ratios))
-    # Moments hide a stretch: a bar would pass as a square. Up to 15 % is free, then it costs.
-    overlap = overlap * np.exp(-4.0 * np.maximum(stretch - 0.14, 0.0))
-    # One wear for all shapes, the one that suits the best of them: shapes are compared on equal terms.
-    return overlap[overlap.max(axis=1).argmax()]
-
-
-def _bilinear(field: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The field at the crossings of rows and columns (px, pixel centres at integers); 0 outside."""
-    padded = np.pad(field, 1)
-    row_weights, column_weights = _hats(rows + 1, len(padded)), _hats(columns + 1, len(padded))
-    return row_weights @ padded @ column_weights.T
-
-
-def _hats(places: np.ndarray, length: int) -> np.ndarray:
-    """Linear interpolation weights [places, length]."""
-    return np.maximum(0.0, 1.0 - np.abs(np.clip(places, 0, length - 1)[:, None] - np.arange(length)[None, :]))
-
-
-@functools.cache
-def _templates(radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Templates [wear, shapes, grid, grid] at normal moments, and their ratios of deviations x / y."""
-    grids, ratios = (
-        np.zeros((len(WEAR), len(SHAPES), _GRID, _GRID)),
-        np.zeros((len(WEAR), len(SHAPES))),
-    )
-    steps = (np.arange(_GRID) + 0.5) / _GRID * 2.0 - 1.0
-    for index, shape in enumerate(SHAPES):
-        mask = paint(outline(shape, radius), RING_HOLE * radius if shape == "ring" else 0.0)
-        for level, (rounding, sigma) in enumerate(WEAR):
-            worn = ndimage.gaussian_filter(mask, rounding) > 0.5 if rounding else mask
-            soft = ndimage.gaussian_filter(worn.astype(np.float64), sigma)
-            x, y, deviation_x, deviation_y = _moments(soft)
-            rows, columns = y - 0.5 + _SPAN * deviation_y * steps, x - 0.5 + _SPAN * deviation_x * steps
-            grids[level, index] = _bilinear(soft, rows, columns)
-            ratios[level, index] = deviation_x / deviation_y
-    return grids, ratios
-
-
-def _name_colour(colour: np.ndarray) -> str | None:
-    """The name of the nearest colour in Lab, or None when it is far from all or between two."""
-    distances = _lab_distances(colour[None])[0]
-    first, second = np.sort(distances)[:2]
-    if first > COLOUR_RANGE or first > COLOUR_MARGIN * second:
-        return None
-    return list(COLOURS)[int(distances.argmin())]
-
-
-def _lab_distances(colours: np.ndarray) -> np.ndarray:
-    """Lab distances [n, names] of sRGB colours [n, 3] to the named colours."""
-    return np.sqrt(((to_lab(colours)[:, None] - _palette()[None]) ** 2).sum(axis=2))
-
-
-@functools.cache
-def _palette() -> np.ndarray:
-    return to_lab(np.array(list(COLOURS.values()), dtype=np.float64))
-
-
-def to_lab(colours: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* (D65) of sRGB colours [..., 3] in 0-255."""
-    unit = np.asarray(colours, dtype=np.float64) / 255.0
-    linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
-    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = linear @ matrix.T / np.array([0.95047, 1.0, 1.08883])
-    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack(
-        [116 * root[..., 1] - 16, 500 * (root[..., 0] - root[..., 1]), 200 * (root[..., 1] - root[..., 2])],
-        axis=-1,
-    )
+    return SeenObject(name if fits else None, name_colour(colour), x, y, float(radius), best, width)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from diffalign.common.errors import UserError
 from diffalign.scenes import COLOURS, SHAPES, draw, look, parse
-from diffalign.scenes.look import to_lab
+from diffalign.scenes.hues import to_lab
 
 
 def test_a_disc_is_read_at_its_place_and_size() -> None:
@@ -40,6 +40,21 @@ def test_touching_objects_of_two_colours_are_two() -> None:
     pen.rectangle([12, 22, 31, 41], fill=COLOURS["red"])
     pen.rectangle([32, 22, 51, 41], fill=COLOURS["blue"])
     assert [(one.shape, one.colour) for one in look(image).objects] == [("square", "red"), ("square", "blue")]
+
+
+def test_large_objects_that_touch_by_a_bridge_are_counted_one_by_one() -> None:
+    image = Image.new("RGB", (64, 64), (245, 245, 245))
+    pen = ImageDraw.Draw(image)
+    for x, y in ((17, 17), (46, 17), (17, 46)):
+        pen.ellipse([x - 13, y - 13, x + 12, y + 12], fill=COLOURS["purple"])
+    pen.line([17, 17, 46, 17], fill=COLOURS["purple"], width=5)
+    pen.line([17, 17, 17, 46], fill=COLOURS["purple"], width=5)
+    seen = look(image).objects
+    assert [(one.shape, one.colour) for one in seen] == [("circle", "purple")] * 3
+    for one, (x, y) in zip(
+        sorted(seen, key=lambda one: (one.y > 30, one.x)), ((17, 17), (46, 17), (17, 46)), strict=True
+    ):
+        assert (one.x, one.y) == (pytest.approx(x, abs=1.5), pytest.approx(y, abs=1.5))
 
 
 def test_arrays_and_other_sizes_read_like_the_picture() -> None:
