@@ -14,7 +14,7 @@ from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError, unknown
 from diffalign.common.manifest import recipe_identity
-from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze
+from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze, without_requires_grad
 from diffalign.diffusion.process import Process
 from diffalign.models import _adapters
 from diffalign.models._base import REFERENCE, TRAINED, torch_dtype
@@ -186,15 +186,16 @@ class UNetModel:
         if scheduler is not None:
             pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
         settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-        latents = pipeline(
-            latents=noise.to(self.device, torch_dtype(self.spec.dtype)),
-            height=height,
-            width=width,
-            generator=[draws.generator("sampler", *key) for key in zip(prompts, seeds, strict=True)],
-            output_type="latent",
-            **self._embedding_arguments(cond, negative),
-            **{key: value for key, value in settings.items() if value is not None},
-        ).images
+        with without_requires_grad(self.network):
+            latents = pipeline(
+                latents=noise.to(self.device, torch_dtype(self.spec.dtype)),
+                height=height,
+                width=width,
+                generator=[draws.generator("sampler", *key) for key in zip(prompts, seeds, strict=True)],
+                output_type="latent",
+                **self._embedding_arguments(cond, negative),
+                **{key: value for key, value in settings.items() if value is not None},
+            ).images
         return pipeline.image_processor.numpy_to_pil(self.decode(latents).cpu().permute(0, 2, 3, 1).numpy())
 
     def embed_for_generation(

@@ -95,8 +95,30 @@ def test_a_policy_leaves_a_partly_frozen_and_switched_off_network_as_it_was(tiny
     before = state_of(denoiser.network)
     for policy in ("reference", "old"):
         with denoiser.policy(policy):
-            assert not any(parameter.requires_grad for parameter in layers[0].parameters())
+            assert not denoiser.predict(X_T, T, COND).requires_grad
     assert state_of(denoiser.network) == before
+
+
+def test_other_policies_answer_without_gradient(tiny_sd: str) -> None:
+    """Their weights carry the flags of those they stand in for (equal flags, equal bits); nothing is recorded.
+
+    Autocast would keep half-precision copies of such weights: not in here, and afterwards as before.
+    """
+    denoiser = fresh_denoiser(tiny_sd, "trained", "frozen")
+    flags = {name for name, parameter in denoiser.network.named_parameters() if parameter.requires_grad}
+    with torch.autocast("cpu", torch.bfloat16), denoiser.policy("old"):
+        inside = {name for name, parameter in denoiser.network.named_parameters() if parameter.requires_grad}
+        assert inside == {name.replace(".trained.", ".frozen.") for name in flags}
+        assert not denoiser.predict(X_T, T, COND).requires_grad
+        assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled() and torch.is_grad_enabled()
+    copied = copy.deepcopy(denoiser.network)
+    denoiser.policies["reference"] = FrozenCopy(freeze(copied))
+    with denoiser.policy("reference"):
+        assert {name for name, parameter in copied.named_parameters() if parameter.requires_grad} == flags
+        assert not denoiser.predict(X_T, T, COND).requires_grad
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    assert denoiser.predict(X_T, T, COND).requires_grad
 
 
 def test_who_answers(tiny_sd: str) -> None:

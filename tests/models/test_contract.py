@@ -107,6 +107,10 @@ FRESH = {
     "convolutions": AdapterSpec(rank=2, targets=["to_q", "conv1", "proj_in"]),
     "full": AdapterSpec(kind="full"),
 }
+# Layers whose input lies across memory: there torch's path depends on who requires gradients.
+EVERYWHERE = AdapterSpec(
+    rank=4, targets=["proj_in", "proj_out", "conv1", "ff.net.2", "to_q", "time_emb_proj"]
+)
 
 
 @pytest.mark.parametrize("kind", FRESH)
@@ -154,6 +158,8 @@ STEP_ZERO = {
     "from lora bf16": ("bf16", "bf16", "rslora"),
     "from dora": ("fp32", "fp32", "dora"),
     "from dora bf16": ("bf16", "bf16", "dora"),
+    "from everywhere": ("fp32", "fp32", "everywhere"),
+    "from everywhere bf16": ("bf16", "bf16", "everywhere"),
 }
 
 
@@ -161,10 +167,10 @@ STEP_ZERO = {
 def adapters(backbone: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of adapters that were trained to somewhere else, in float32 numbers that bf16 cannot hold."""
     folders = {}
-    for kind in ("rslora", "dora"):
+    for kind, spec in {"rslora": FRESH["rslora"], "dora": FRESH["dora"], "everywhere": EVERYWHERE}.items():
         model: Any = load_model(*backbone)
-        model.start_training(FRESH[kind], seed=3, with_reference=False)
-        perturb(model.denoiser.trainable_parameters(), 0.1)
+        model.start_training(spec, seed=3, with_reference=False)
+        perturb(model.denoiser.trainable_parameters(), 0.3)
         folders[kind] = tmp_path_factory.mktemp(kind)
         model.save_adapter(str(folders[kind]))
     return folders
