@@ -44,6 +44,8 @@ class PreprocessSpec:
             raise UserError(f"preprocess.batch_size is {self.batch_size}: use 1 or more")
         if self.resolution is not None and self.resolution < 1:
             raise UserError(f"preprocess.resolution is {self.resolution}: use a number of pixels")
+        if not self.memory_limit_gb > 0:
+            raise UserError(f"preprocess.memory_limit_gb is {self.memory_limit_gb}: use a value above 0")
 
 
 @dataclass
