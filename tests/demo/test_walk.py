@@ -51,10 +51,7 @@ def test_every_stage_leaves_its_files(walked: tuple[Path, dict]) -> None:
 
 
 def test_report_counts_what_was_drawn(walked: tuple[Path, dict]) -> None:
-    """Three prompts, one seed: three comparisons; the win rate is a multiple of 1/6 (a tie is a half).
-
-    Two steps of at most 4 pairs: the second is the rest of the first pass, or a new pass when none is left.
-    """
+    """Three prompts, one seed: three comparisons; the win rate is a multiple of 1/6 (a tie is a half)."""
     out, report = walked
     assert report["n"] == 3
     assert report["win_rate"] * 6 == pytest.approx(round(report["win_rate"] * 6))
@@ -63,7 +60,9 @@ def test_report_counts_what_was_drawn(walked: tuple[Path, dict]) -> None:
     first = json.loads((out / "4-run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 2
     pairs = len((out / "3-pairs" / "preferences.jsonl").read_text().splitlines())
-    assert first["groups"] == min(4, pairs) + min(4, pairs - 4 if pairs > 4 else pairs)
+    manifest = json.loads((out / "4-run" / "manifest.json").read_text())
+    assert manifest["counts"] == {"asked": pairs, "used": pairs, "dropped": {}}
+    assert 0 < first["groups"] <= 2 * SMALLEST.pairs_per_step
 
 
 def test_walking_again_does_nothing_again(walked: tuple[Path, dict]) -> None:
