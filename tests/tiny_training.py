@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,18 @@ from torch import Tensor
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.data.batches import Batch
+from diffalign.data.cache import EncodedSet, Example
 from diffalign.data.records import Candidate, ImageRef, Record
 from diffalign.data.select import Pair
+from diffalign.data.specs import LoaderSpec
 from diffalign.diffusion.likelihood import Draws
-from diffalign.diffusion.timesteps import TimestepSpec
+from diffalign.diffusion.specs import TimestepSpec
+from diffalign.objectives.diffusion_dpo import Plugin as DPO
+from diffalign.training.loop import Run
 from diffalign.training.sampling import training_draws
+from diffalign.training.setup import accelerator_for
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec, SampleSpec, ValidationSpec
+from diffalign.training.watch import Watch
 
 IMAGES_A_GROUP = {"pair": 2, "list": 3, "single": 1}
 
@@ -92,3 +100,54 @@ def make_pair(
     chosen = images or (picture(2 * seed, size), picture(2 * seed + 1, size))
     candidates = [Candidate(ImageRef(name=f"{name}:{side}")) for side in (0, 1)]
     return Pair(Record(name, prompt, candidates), chosen, target)
+
+
+def make_set(
+    model: Any, count: int = 12, *, unit: str = "pair", targets: Sequence[float] = (1.0,), prompts: int = 4
+) -> EncodedSet:
+    """Random latents in the place of encoded pictures; example k has the prompt k mod `prompts`."""
+    per_group = IMAGES_A_GROUP[unit]
+    generator = torch.Generator().manual_seed(2)
+    means = list(torch.randn(per_group * count, model.latent_channels, 16, 16, generator=generator))
+    sizes = model.size_conditioning((32, 32), (0, 0), (32, 32))
+    texts = [f"a picture of {name}" for name in "abcdefgh"[:prompts]]
+    examples = [
+        Example(
+            id=f"row-{number}",
+            prompt=texts[number % prompts],
+            images=tuple(range(per_group * number, per_group * (number + 1))),
+            size=(32, 32),
+            target=targets[number % len(targets)] if unit == "pair" else None,
+            conditions=(sizes,) * per_group,
+        )
+        for number in range(count)
+    ]
+    return EncodedSet(
+        examples,
+        means,
+        [torch.full_like(mean, 0.1) for mean in means],
+        {text: row for row, text in enumerate(texts)},
+        model.encode_prompts(texts),
+        model.encode_dropped_prompt(),
+    )
+
+
+def make_run(model: Any, train_set: EncodedSet, out: Path, **changes: Any) -> Run:
+    """A run of Diffusion-DPO over `train_set` with a model that is already set up for training."""
+    accelerator = accelerator_for("fp32")
+    out.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {
+        "objective": DPO(beta=2000.0),
+        "identity": "this run",
+        "num_steps": 8,
+        "accumulation": 1,
+        "seed": 0,
+        "log_every": 2,
+        "loader": LoaderSpec(batch_size=2),
+        "timesteps": TimestepSpec(),
+        "optimizer": OptimizerSpec(lr=1e-3),
+        "checkpoint": CheckpointSpec(every=3),
+        "watch": Watch(ValidationSpec(), None, SampleSpec(), None, out, accelerator, 4),
+        **changes,
+    }
+    return Run(model=model, train_set=train_set, out=out, accelerator=accelerator, **settings)

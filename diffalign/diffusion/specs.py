@@ -56,16 +56,21 @@ class TimestepSpec:
         if self.low < 0 or (self.high is not None and self.high <= self.low):
             raise UserError(f"timesteps low={self.low}, high={self.high}: use 0 <= low < high")
 
-    def draw(self, u_B: Tensor, num_timesteps: int) -> Tensor:
-        """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)), for a process of `num_timesteps`."""
-        import torch
-
-        high = num_timesteps if self.high is None else self.high
-        outside = [t for t in [*self.grid, self.low, high - 1] if not 0 <= t < num_timesteps]
+    def check(self, num_timesteps: int) -> None:
+        """Refuses timesteps that a process with `num_timesteps` steps does not have."""
+        last = num_timesteps - 1 if self.high is None else self.high - 1
+        outside = [t for t in [*self.grid, self.low, last] if not 0 <= t < num_timesteps]
         if outside:
             raise UserError(
                 f"timestep {outside[0]} is outside [0, {num_timesteps}): the base has {num_timesteps}"
             )
+
+    def draw(self, u_B: Tensor, num_timesteps: int) -> Tensor:
+        """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)), for a process of `num_timesteps`."""
+        import torch
+
+        self.check(num_timesteps)
+        high = num_timesteps if self.high is None else self.high
         if self.kind == "grid":
             return torch.tensor(self.grid)[(u_B * len(self.grid)).long()]
         position = self._position(u_B).clamp(0.0, 1.0 - 1e-12)

@@ -110,6 +110,7 @@ def train(
     accelerator = accelerator_for(precision)
     backbone: Model = model.load(str(accelerator.device))
     base = backbone.fingerprint()
+    timesteps.check(backbone.process.num_timesteps)
     pairs = data.usable_pairs(limit=limit)
     encoded = _encode(pairs, backbone, preprocess, objective.unit, seed)
     train_set, heldout = _split(encoded, validation, seed)
@@ -120,7 +121,9 @@ def train(
     )
 
     with files.folder_lock(folder):
-        identity = _claim(folder, recipe, base, data.inputs())
+        for inside in (folder, folder / "samples"):
+            files.remove_leftovers(inside)
+        identity = _claim(folder, recipe, base, adapter.init, data.inputs())
         run = loop.Run(
             model=backbone,
             objective=objective,
@@ -189,38 +192,60 @@ def _split(
             "validation.share needs pairs: this objective trains on single images, set validation.share=0"
         )
     train_set, heldout = split_by_prompt(encoded, validation.share, seed=seed)
-    return train_set, heldout.subset(range(min(len(heldout), validation.limit or len(heldout))))
+    heldout = heldout.subset(range(min(len(heldout), validation.limit or len(heldout))))
+    if all(example.target == 0.5 for example in heldout.examples):
+        raise UserError(
+            f"all {len(heldout)} held-out pairs are ties: raise validation.share or validation.limit, or use "
+            "data.ties=drop"
+        )
+    return train_set, heldout
 
 
 def _finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The closing numbers of a run that is already complete in `folder`, or None."""
-    from diffalign.common import manifest
+    """The closing numbers of a run that is already complete in `folder`, or None.
+
+    Raises:
+        UserError: `folder` is a file, or holds something else.
+    """
+    from diffalign.common import files, manifest
     from diffalign.common.progress import say
 
     done = manifest.read_manifest(folder)
     if done is None:
         if folder.is_file():
             raise UserError(f"out={folder} is a file: give a folder")
+        if (folder / RUN_FILE).is_file():  # said now, not after an hour of encoding
+            _refuse_other(folder, files.read_json(folder / RUN_FILE)["recipe"], recipe)
         return None
-    _refuse_other(folder, done["recipe"] if done["stage"] == "train" else {}, recipe)
+    if done["stage"] != "train":
+        raise UserError(f"{folder} holds the output of {done['stage']!r}: choose another folder")
+    _refuse_other(folder, done["recipe"], recipe)
     say(f"{folder} holds this run, finished after {done['summary']['steps']} steps; nothing to do")
     summary: dict[str, Any] = done["summary"]
     return summary
 
 
-def _claim(folder: Path, recipe: dict[str, Any], base: str, inputs: dict[str, Any]) -> str:
+def _claim(folder: Path, recipe: dict[str, Any], base: str, init: str | None, inputs: dict[str, Any]) -> str:
     """Writes what the run in `folder` is, or checks that it is this one; returns its identity."""
     from diffalign.common import files, manifest
 
+    reference = manifest.identities({} if init is None else {"adapter.init": init})
     identity = manifest.recipe_identity(
-        {"recipe": _binding(recipe), "base": base, "data": manifest.identities(inputs)}
+        {
+            "recipe": _binding(recipe),
+            "base": base,
+            "reference": reference,
+            "data": manifest.identities(inputs),
+        }
     )
     path = folder / RUN_FILE
     if path.is_file():
         known = files.read_json(path)
         _refuse_other(folder, known["recipe"], recipe)
         if known["identity"] != identity:
-            raise UserError(f"the base or the data of the run in {folder} have changed: choose another out=")
+            raise UserError(
+                f"base, adapter.init or data of the run in {folder} have changed: choose another out="
+            )
     else:
         files.write_json(path, {"identity": identity, "recipe": recipe, "base": base})
     return identity

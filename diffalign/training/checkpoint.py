@@ -64,6 +64,8 @@ def load_latest(out: Path, *, identity: str) -> Checkpoint | None:
     """
     files.remove_leftovers(out / FOLDER)
     folders = _folders(out)
+    for torn in {*(out / FOLDER).glob("step-*")} - set(folders):  # killed while it was being removed
+        shutil.rmtree(torn)
     if not folders:
         return None
     manifest = files.read_json(folders[-1] / MANIFEST_FILE)

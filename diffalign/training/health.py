@@ -37,6 +37,11 @@ class Health:
         """Takes the gradient norm of one optimizer step, before clipping."""
         self._grad_norms.append(norm)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was taken since the last report."""
+        return not self._rows
+
     def report(self) -> dict[str, float | dict[str, dict[str, float]]]:
         """Means since the last report, overall and by timestep range ("0-249": {...}); empties the store."""
         rows = {name: torch.cat(values).double().cpu() for name, values in self._rows.items()}

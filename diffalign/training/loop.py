@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class _State:
     parameters: list[torch.nn.Parameter]
     health: Health
     step: int = 0
+    saved: int = 0
     position: int = 0
     counters: dict[str, int] = field(default_factory=lambda: {"skipped_steps": 0, "skips_in_a_row": 0})
 
@@ -102,10 +104,16 @@ def fit(run: Run) -> dict[str, Any]:
         UserError: the checkpoint is of another run, or gradients stay non-finite.
     """
     state = _start(run)
-    log = MetricsLog(run.out, resume_step=state.step)
+    with closing(MetricsLog(run.out, resume_step=state.step)) as log:
+        if state.step == 0:
+            run.watch.look(run.model, 0, log)
+        _steps(run, state, log)
+    return {"steps": state.step, **state.counters, **run.watch.summary()}
+
+
+def _steps(run: Run, state: _State, log: MetricsLog) -> None:
+    """All steps that are left."""
     incoming = _micro_batches(run, state.position)
-    if state.step == 0:
-        run.watch.look(run.model, 0, log)
     with StopRequest() as stop, Progress("train", run.num_steps, "steps", initial=state.step) as bar:
         while state.step < run.num_steps and not stop.requested:
             torch.manual_seed(seed_of(run.seed, "step", state.step))
@@ -113,16 +121,18 @@ def fit(run: Run) -> dict[str, Any]:
             loss, rate = _timed_step(run, state, incoming)
             bar.update(1, loss=loss, **{f"{run.objective.unit}s/s": rate})
             last = state.step == run.num_steps
-            if state.step % run.log_every == 0 or last:
-                log.write("train", state.step, _train_row(run, state))
+            keep = state.step % run.checkpoint.every == 0 or last
+            if state.step % run.log_every == 0 or keep:  # what is not logged here, a resumed run cannot know
+                _log(run, state, log)
             run.watch.look(run.model, state.step, log, last=last)
-            if state.step % run.checkpoint.every == 0 or last or stop.requested:
+            if keep:
                 _save(run, state)
-    log.close()
-    if stop.requested:
+        if stop.requested and state.step > state.saved:
+            _log(run, state, log)
+            _save(run, state)
+    if stop.requested and state.saved:
         say(f"saved step {state.step} in {run.out}; the same command goes on from there")
     stop.raise_if_requested()
-    return {"steps": state.step, **state.counters, **run.watch.summary()}
 
 
 def learning_rate(spec: OptimizerSpec, step: int, num_steps: int) -> float:
@@ -151,6 +161,7 @@ def _start(run: Run) -> _State:
     state = _State(
         run.accelerator.prepare_optimizer(adamw), parameters, Health(run.model.process.num_timesteps)
     )
+    adamw.zero_grad()  # a run that failed in this very process may have left half a step
     found = checkpoints.load_latest(run.out, identity=run.identity)
     if found is None:
         return state
@@ -159,7 +170,9 @@ def _start(run: Run) -> _State:
     run.objective.load_state_dict(found.state["objective"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(found.state["scaler"])
-    state.step, state.position, state.counters = found.step, found.position, dict(found.state["counters"])
+    run.watch.restore(found.state["watch"])
+    state.step = state.saved = found.step
+    state.position, state.counters = found.position, dict(found.state["counters"])
     say(f"going on from step {found.step} of {run.num_steps}")
     return state
 
@@ -175,9 +188,11 @@ def _save(run: Run, state: _State) -> None:
             "objective": run.objective.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "counters": state.counters,
+            "watch": run.watch.summary(),
         },
     )
     checkpoints.save(run.out, checkpoint, identity=run.identity, keep=run.checkpoint.keep)
+    state.saved = state.step
 
 
 def _micro_batches(run: Run, start: int) -> Iterator[tuple[Batch, Draws]]:
@@ -221,14 +236,13 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]]) -
 
 def _say_step_zero(output: Output) -> None:
     largest = float(output.logs["margin"].abs().max())
-    say(
-        f"step 0: loss {float(output.loss.mean()):.6f}, largest |logit| {largest:.3g} (log 2 = 0.693147 and "
-        "0 expected)"
-    )
+    loss = float(output.loss.detach().mean())
+    say(f"step 0: loss {loss:.6f}, largest |logit| {largest:.3g} (log 2 = 0.693147 and 0 expected)")
 
 
 def _finite_sum(loss: torch.Tensor, batch: Batch, draws: Draws, step: int) -> float:
-    total = float(loss.detach().sum())
+    loss = loss.detach()
+    total = float(loss.sum())
     if math.isfinite(total):
         return total
     t = draws.t[torch.cumsum(batch.counts, 0) - 1].tolist()
@@ -265,10 +279,13 @@ def _set_learning_rate(adamw: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def _train_row(run: Run, state: _State) -> dict[str, Any]:
-    row = state.health.report()
+def _log(run: Run, state: _State, log: MetricsLog) -> None:
+    """Writes the health of the steps since the last row, if there were any."""
+    if state.health.is_empty:
+        return
     rate = learning_rate(run.optimizer, state.step - 1, run.num_steps)
-    return {**row, "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
+    row = {**state.health.report(), "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
+    log.write("train", state.step, row)
 
 
 def finish(run: Run, card: str) -> Path:

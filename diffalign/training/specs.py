@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,8 +35,15 @@ class OptimizerSpec:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"optimizer.lr is {self.lr}: use a value above 0")
+        for key, value in (
+            ("weight_decay", self.weight_decay),
+            ("eps", self.eps),
+            ("max_grad_norm", self.max_grad_norm),
+        ):
+            if not 0 <= value < math.inf:
+                raise UserError(f"optimizer.{key} is {value}: use 0 or more")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise UserError(f"optimizer.betas is {self.betas}: give two values in [0, 1), e.g. [0.9,0.999]")
         if self.schedule not in SCHEDULES:
@@ -65,6 +73,8 @@ class ValidationSpec:
             raise UserError(f"validation.share is {self.share}: use a share in [0, 1)")
         if self.every < 1 or self.draws < 1:
             raise UserError(f"validation.every={self.every}, draws={self.draws}: use 1 or more")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"validation.limit is {self.limit}: use 1 or more, or leave it out")
 
 
 @dataclass

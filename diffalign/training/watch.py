@@ -53,6 +53,10 @@ class Watch:
         """The last held-out accuracy, if any."""
         return dict(self._last)
 
+    def restore(self, summary: dict[str, Any]) -> None:
+        """Puts back what `summary` gave, for a run that goes on."""
+        self._last = dict(summary)
+
     def _validate(self, model: Model, step: int, log: MetricsLog) -> None:
         assert self.heldout is not None
         judgements = list(
