@@ -100,7 +100,8 @@ def test_a_policy_leaves_a_partly_frozen_and_switched_off_network_as_it_was(tiny
 
 
 def test_other_policies_answer_without_gradient(tiny_sd: str) -> None:
-    """Their weights carry the flags of those they stand in for (equal flags, equal bits); nothing is recorded.
+    """Their weights carry the flags of those they stand in for (equal flags, equal bits); nothing is
+    recorded.
 
     Autocast would keep half-precision copies of such weights: not in here, and afterwards as before.
     """
