@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.common import files, manifest
+from diffalign.common import files
 from diffalign.common.manifest import versions
 from diffalign.common.statistics import paired_difference, win_rate
 from diffalign.demo import walk
 from diffalign.objectives._base import Objective
 from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
 from diffalign.objectives.sft import Plugin as SFT
-from diffalign.stages.pair import pair
 
 KINDS = ("accurate", "object", "colour", "count", "position")
 BEST_OF = 2
@@ -110,8 +109,7 @@ def preferences(out: Path, size: walk.Size, seed: int) -> Path:
     """Pictures of the training prompts, graded and paired; the folder of the pairs."""
     picture_seeds = [seed * 1000 + k for k in range(size.pictures)]
     scored = graded(out / "train", walk.train_prompts(size.train_prompts), picture_seeds, size)
-    if manifest.read_manifest(out / "pairs") is None:
-        pair(images=str(scored), out=str(out / "pairs"), by="scene", how="best_worst")
+    walk.prefer(out / "pairs", scored)
     return out / "pairs"
 
 

@@ -1,9 +1,9 @@
 """The whole street on an embedded tiny model: draw, grade, pair, align, draw again, compare.
 
 A tiny SDXL that ships with the package draws scenes of coloured shapes and is often wrong. Its own pictures
-are graded exactly, the best and the worst of each prompt become a preference pair, a LoRA is trained on the
-pairs, and base and aligned model are compared on prompts with combinations that neither was trained on. No
-GPU and no network are needed.
+are graded exactly, every two of a prompt whose grades differ become a preference pair, a LoRA is trained on
+the pairs, and base and aligned model are compared on prompts with combinations that neither was trained on.
+No GPU and no network are needed.
 
 Examples:
     diffalign demo
