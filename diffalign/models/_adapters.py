@@ -116,6 +116,8 @@ def save(network: Any, pipeline_class: Any, folder: str | Path) -> None:
     stays active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
     """
     metadata = {**network.peft_config[TRAINED].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
+    # peft holds names as sets, whose order changes from process to process: equal runs write equal files.
+    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
     state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(network).items()}
     pipeline_class.save_lora_weights(
         str(folder),

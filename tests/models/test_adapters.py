@@ -268,3 +268,19 @@ def test_what_is_no_adapter_for_this_base_is_refused_in_one_line(
 def test_settings_that_make_no_adapter_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AdapterSpec(**options)
+
+
+def test_names_are_saved_in_one_order(tiny_sdxl: str, tmp_path: Path) -> None:
+    """peft keeps them as a set, whose order is another in every process."""
+    import json
+
+    from safetensors import safe_open
+
+    from diffalign.models.sdxl import Plugin
+
+    model = Plugin(path=tiny_sdxl).load()
+    model.start_training(AdapterSpec(rank=2), seed=0, with_reference=False)
+    model.save_adapter(str(tmp_path))
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.target_modules"] == ["to_k", "to_out.0", "to_q", "to_v"]
