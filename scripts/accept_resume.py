@@ -275,14 +275,17 @@ def report(
         "",
         "| kill | aimed at | killed | step | newest checkpoint | half-written |",
         "|---|---|---|---|---|---|",
-        *(
-            f"| {number} | {kill.aim} | {'with its workers' if kill.whole_group else 'main process'} "
-            f"| {kill.step} | {kill.checkpoint or '-'} | {'; '.join(kill.half_written) or '-'} |"
-            for number, kill in enumerate(kills, 1)
-        ),
+        *(row(number, kill) for number, kill in enumerate(kills, 1)),
         "",
     ]
     return "\n".join(lines)
+
+
+def row(number: int, kill: Kill) -> str:
+    """One line of the table of kills."""
+    killed = "with its workers" if kill.whole_group else "main process"
+    written = "; ".join(kill.half_written) or "-"
+    return f"| {number} | {kill.aim} | {killed} | {kill.step} | {kill.checkpoint or '-'} | {written} |"
 
 
 if __name__ == "__main__":

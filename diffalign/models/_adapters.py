@@ -115,7 +115,9 @@ def save(network: Any, pipeline_class: Any, folder: str | Path) -> None:
     Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout
     stays active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
     """
-    metadata = {**network.peft_config[TRAINED].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
+    config = {**network.peft_config[TRAINED].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
+    # Sets have another order in each process: sorted, equal runs write equal files.
+    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     # peft holds names as sets, whose order changes from process to process: equal runs write equal files.
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
     state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(network).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,6 +93,9 @@ def test_a_saved_adapter_draws_the_same_pictures_in_plain_diffusers(
     again.load_adapter(str(tmp_path))
     assert drawn_by_us(again) == ours
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    with safe_open(tmp_path / FILE, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.target_modules"] == sorted(SAVED[kind].targets)  # equal runs, equal bytes
 
 
 def test_a_full_network_draws_the_same_pictures_in_plain_diffusers(
