@@ -29,14 +29,13 @@ from diffalign.data.cache import EncodedSet, Example
 from diffalign.data.specs import LoaderSpec
 from diffalign.demo import embedded
 from diffalign.diffusion.likelihood import Draws
-from diffalign.diffusion.timesteps import TimestepSpec
 from diffalign.models._base import Model
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
 from diffalign.training import loop
 from diffalign.training.setup import accelerator_for
-from diffalign.training.specs import CheckpointSpec, OptimizerSpec, SampleSpec, ValidationSpec
+from diffalign.training.specs import OptimizerSpec, Settings
 from diffalign.training.watch import Watch
 
 
@@ -121,6 +120,9 @@ def encoding_seconds(model: Model, size: int, count: int) -> float:
 def make_run(model: Model, encoded: EncodedSet, arguments: argparse.Namespace, accelerator: Any) -> loop.Run:
     """A run of the loop as `diffalign train` makes it."""
     out = Path("unused")
+    settings = Settings(
+        loader=LoaderSpec(batch_size=arguments.batch, caption_dropout=0.1), optimizer=OptimizerSpec(lr=1e-6)
+    )
     return loop.Run(
         model=model,
         objective=DiffusionDPO(beta=5000.0),
@@ -128,15 +130,8 @@ def make_run(model: Model, encoded: EncodedSet, arguments: argparse.Namespace, a
         out=out,
         identity="",
         accelerator=accelerator,
-        num_steps=1000,
-        accumulation=1,
-        seed=0,
-        log_every=10,
-        loader=LoaderSpec(batch_size=arguments.batch, caption_dropout=0.1),
-        timesteps=TimestepSpec(),
-        optimizer=OptimizerSpec(lr=1e-6),
-        checkpoint=CheckpointSpec(),
-        watch=Watch(ValidationSpec(), None, SampleSpec(), None, out, accelerator, 1),
+        settings=settings,
+        watch=Watch(settings, None, None, out, accelerator),
     )
 
 
@@ -161,7 +156,7 @@ def compare(run: loop.Run, steps: int) -> dict[str, Any]:
         "bare_network_s": statistics.median(bare),
         "step_over_bare": statistics.median(ratios),
         "ratios": ratios,
-        "pairs_per_s": run.loader.batch_size / statistics.median(ours),
+        "pairs_per_s": run.settings.loader.batch_size / statistics.median(ours),
     }
 
 

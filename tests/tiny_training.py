@@ -16,14 +16,14 @@ from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet, Example
 from diffalign.data.records import Candidate, ImageRef, Record
 from diffalign.data.select import Pair
-from diffalign.data.specs import LoaderSpec
+from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.likelihood import Draws
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.objectives.diffusion_dpo import Plugin as DPO
 from diffalign.training.loop import Run
 from diffalign.training.sampling import training_draws
 from diffalign.training.setup import accelerator_for
-from diffalign.training.specs import CheckpointSpec, OptimizerSpec, SampleSpec, ValidationSpec
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec, Settings
 from diffalign.training.watch import Watch
 
 IMAGES_A_GROUP = {"pair": 2, "list": 3, "single": 1}
@@ -136,18 +136,29 @@ def make_run(model: Any, train_set: EncodedSet, out: Path, **changes: Any) -> Ru
     """A run of Diffusion-DPO over `train_set` with a model that is already set up for training."""
     accelerator = accelerator_for("fp32")
     out.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {
-        "objective": DPO(beta=2000.0),
-        "identity": "this run",
-        "num_steps": 8,
-        "accumulation": 1,
-        "seed": 0,
-        "log_every": 2,
-        "loader": LoaderSpec(batch_size=2),
-        "timesteps": TimestepSpec(),
-        "optimizer": OptimizerSpec(lr=1e-3),
-        "checkpoint": CheckpointSpec(every=3),
-        "watch": Watch(ValidationSpec(), None, SampleSpec(), None, out, accelerator, 4),
-        **changes,
+    parts = {
+        name: changes.pop(name)
+        for name in ("objective", "identity", "heldout", "embedded")
+        if name in changes
     }
-    return Run(model=model, train_set=train_set, out=out, accelerator=accelerator, **settings)
+    settings = Settings(
+        **{
+            "preprocess": PreprocessSpec(batch_size=4),
+            "num_steps": 8,
+            "log_every": 2,
+            "loader": LoaderSpec(batch_size=2),
+            "optimizer": OptimizerSpec(lr=1e-3),
+            "checkpoint": CheckpointSpec(every=3),
+            **changes,
+        }
+    )
+    return Run(
+        model=model,
+        objective=parts.get("objective", DPO(beta=2000.0)),
+        train_set=train_set,
+        out=out,
+        identity=parts.get("identity", "this run"),
+        accelerator=accelerator,
+        settings=settings,
+        watch=Watch(settings, parts.get("heldout"), parts.get("embedded"), out, accelerator),
+    )

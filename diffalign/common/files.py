@@ -18,6 +18,7 @@ from typing import Any
 from diffalign.common.errors import UserError
 
 _TEMPORARY = ".tmp-"
+_LOCK = ".lock"
 _FULL_HASH_LIMIT = 1_000_000_000
 _TAIL_BYTES = 64 * 1024
 _held_locks: set[int] = set()
@@ -192,19 +193,36 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         UserError: another run holds the lock.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(Path(folder) / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run is writing to {folder}: wait for it, stop it, or choose another out="
-            ) from error
+        _lock(descriptor, folder)
         _held_locks.add(descriptor)
         yield
     finally:
         _held_locks.discard(descriptor)
         os.close(descriptor)
+
+
+def refuse_locked(folder: str | Path) -> None:
+    """Raises UserError when another run holds the lock of `folder`; makes nothing.
+
+    For a look before hours of preparation: `folder_lock` is what protects.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        descriptor = os.open(Path(folder) / _LOCK, os.O_RDWR)
+        try:
+            _lock(descriptor, folder)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: str | Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another run is writing to {folder}: wait for it, stop it, or choose another out="
+        ) from error
 
 
 def to_plain(value: Any) -> Any:

@@ -24,7 +24,6 @@ __all__ = [
     "UsablePairs",
     "check_share",
     "check_ties",
-    "usable_pairs",
 ]
 
 MIN_SIDE = 8
@@ -111,6 +110,15 @@ class UsablePairs:
     """The usable pairs of `records`, in order: iterate once, read `tally` at any time.
 
     Iterating raises UserError at the end of the pass, when too many records were bad or none was usable.
+
+    Args:
+        records: every row, good or bad.
+        ties: `drop` leaves pairs with target 0.5 out, `soft` yields them with target 0.5. Other soft
+            targets (0.7 from votes) are no ties and are yielded as they are.
+        max_bad_share: refuse beyond this share of bad rows.
+        limit: stop after so many usable pairs.
+        min_side: smallest side in pixels of a picture.
+        what: what messages call the data.
     """
 
     def __init__(
@@ -170,31 +178,6 @@ class UsablePairs:
             self.tally.drop(error.reason, record.id)
             return None
         return Pair(record, images, float(target))
-
-
-def usable_pairs(
-    records: Iterable[Record],
-    *,
-    ties: str = "drop",
-    max_bad_share: float = 0.05,
-    limit: int | None = None,
-    min_side: int = MIN_SIDE,
-    what: str = "data",
-) -> UsablePairs:
-    """Returns an iterable of `Pair` with a `tally`.
-
-    Args:
-        records: every row, good or bad.
-        ties: `drop` leaves pairs with target 0.5 out, `soft` yields them with target 0.5. Other soft
-            targets (0.7 from votes) are no ties and are yielded as they are.
-        max_bad_share: refuse (UserError at the end of the pass) beyond this share of bad rows.
-        limit: stop after so many usable pairs.
-        min_side: smallest side in pixels of a picture.
-        what: what messages call the data.
-    """
-    return UsablePairs(
-        records, ties=ties, max_bad_share=max_bad_share, limit=limit, min_side=min_side, what=what
-    )
 
 
 def check_ties(ties: str) -> None:

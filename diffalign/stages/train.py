@@ -18,30 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from diffalign.common.config import One, make_one, resolved_recipe
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
-from diffalign.training.specs import PRECISIONS, CheckpointSpec, OptimizerSpec, SampleSpec, ValidationSpec
+from diffalign.stages import _folder
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec, SampleSpec, Settings, ValidationSpec
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from diffalign.data.cache import EncodedSet
     from diffalign.data.select import UsablePairs
     from diffalign.models._base import Model
-
-RUN_FILE = "run.json"
-
-NOT_IDENTITY = (
-    "out",
-    "log_every",
-    "checkpoint",
-    "samples",
-    "loader.num_workers",
-    "validation.every",
-    "validation.draws",
-    "validation.limit",
-)
-"""Keys that may change when a run is continued: they do not touch the weights."""
+    from diffalign.objectives._base import Objective
+    from diffalign.training.watch import Watch
 
 
 def train(
@@ -88,78 +79,84 @@ def train(
         seed: of every draw.
     """
     recipe = resolved_recipe(train, locals())
-    _check_numbers(num_steps=num_steps, accumulation=accumulation, log_every=log_every, limit=limit)
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    model, data, objective = (
-        make_one("models", model),
-        make_one("data.sources", data),
-        make_one("objectives", objective),
+    settings = Settings(
+        adapter=adapter,
+        preprocess=preprocess,
+        loader=loader,
+        timesteps=timesteps,
+        optimizer=optimizer,
+        validation=validation,
+        samples=samples,
+        checkpoint=checkpoint,
+        num_steps=num_steps,
+        accumulation=accumulation,
+        precision=precision,
+        log_every=log_every,
+        limit=limit,
+        seed=seed,
     )
+    model = make_one("models", model)
+    data = make_one("data.sources", data)
+    objective = make_one("objectives", objective)
+    finished = _folder.finished(Path(out), recipe)
+    return finished or _train(model, data, objective, settings, recipe, Path(out))
 
+
+def _train(
+    spec: Any, data: Any, objective: Any, settings: Settings, recipe: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Prepares, runs and closes a run that is not complete yet."""
     from diffalign.common import files, manifest
     from diffalign.training import loop
     from diffalign.training.card import model_card
     from diffalign.training.setup import accelerator_for
-    from diffalign.training.watch import Watch
 
-    folder = Path(out)
-    finished = _finished(folder, recipe)
-    if finished is not None:
-        return finished
-    accelerator = accelerator_for(precision)
-    backbone: Model = model.load(str(accelerator.device))
-    base = backbone.fingerprint()
-    timesteps.check(backbone.process.num_timesteps)
-    pairs = data.usable_pairs(limit=limit)
-    encoded = _encode(pairs, backbone, preprocess, objective.unit, seed)
-    train_set, heldout = _split(encoded, validation, seed)
-    embedded = backbone.embed_for_generation(samples.prompts) if samples.prompts else None
-    backbone.drop_encoders()
-    backbone.start_training(
-        adapter, seed=seed, with_reference=objective.uses_reference or heldout is not None
-    )
-
+    accelerator = accelerator_for(settings.precision)
+    model: Model = spec.load(str(accelerator.device))
+    base = model.fingerprint()
+    settings.timesteps.check(model.process.num_timesteps)
+    pairs = data.usable_pairs(limit=settings.limit)
+    train_set, watch = _prepare(pairs, model, objective, settings, folder, accelerator)
     with files.folder_lock(folder):
         for inside in (folder, folder / "samples"):
             files.remove_leftovers(inside)
-        identity = _claim(folder, recipe, base, adapter.init, data.inputs())
-        run = loop.Run(
-            model=backbone,
-            objective=objective,
-            train_set=train_set,
-            out=folder,
-            identity=identity,
-            accelerator=accelerator,
-            num_steps=num_steps,
-            accumulation=accumulation,
-            seed=seed,
-            log_every=log_every,
-            loader=loader,
-            timesteps=timesteps,
-            optimizer=optimizer,
-            checkpoint=checkpoint,
-            watch=Watch(validation, heldout, samples, embedded, folder, accelerator, preprocess.batch_size),
-        )
+        identity = _folder.claim(folder, recipe, base, settings.adapter.init, data.inputs())
+        run = loop.Run(model, objective, train_set, folder, identity, accelerator, settings, watch)
         summary = loop.fit(run)
-        loop.finish(run, model_card(recipe, base_identity=base, counts=pairs.tally.counts(), summary=summary))
+        counts = pairs.tally.counts()
+        loop.finish(run, model_card(recipe, base_identity=base, counts=counts, summary=summary))
         manifest.write_manifest(
             folder,
             stage="train",
             recipe=recipe,
             inputs=data.inputs(),
-            seed=seed,
-            counts=pairs.tally.counts(),
+            seed=settings.seed,
+            counts=counts,
             dropped=pairs.tally.dropped,
             extra={"identity": identity, "base": base, "summary": summary},
         )
     return summary
 
 
-def _check_numbers(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: use 1 or more")
+def _prepare(
+    pairs: UsablePairs,
+    model: Model,
+    objective: Objective,
+    settings: Settings,
+    folder: Path,
+    accelerator: Accelerator,
+) -> tuple[EncodedSet, Watch]:
+    """Encodes all data, frees the encoders and sets up the policies; the training set and the watch."""
+    from diffalign.training.watch import Watch
+
+    encoded = _encode(pairs, model, settings.preprocess, objective.unit, settings.seed)
+    train_set, heldout = _split(encoded, settings.validation, settings.seed)
+    prompts = settings.samples.prompts
+    embedded = model.embed_for_generation(prompts) if prompts else None
+    model.drop_encoders()
+    with_reference = objective.uses_reference or heldout is not None
+    model.start_training(settings.adapter, seed=settings.seed, with_reference=with_reference)
+    return train_set, Watch(settings, heldout, embedded, folder, accelerator)
 
 
 def _encode(
@@ -199,75 +196,3 @@ def _split(
             "data.ties=drop"
         )
     return train_set, heldout
-
-
-def _finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The closing numbers of a run that is already complete in `folder`, or None.
-
-    Raises:
-        UserError: `folder` is a file, or holds something else.
-    """
-    from diffalign.common import files, manifest
-    from diffalign.common.progress import say
-
-    done = manifest.read_manifest(folder)
-    if done is None:
-        if folder.is_file():
-            raise UserError(f"out={folder} is a file: give a folder")
-        if (folder / RUN_FILE).is_file():  # said now, not after an hour of encoding
-            _refuse_other(folder, files.read_json(folder / RUN_FILE)["recipe"], recipe)
-        return None
-    if done["stage"] != "train":
-        raise UserError(f"{folder} holds the output of {done['stage']!r}: choose another folder")
-    _refuse_other(folder, done["recipe"], recipe)
-    say(f"{folder} holds this run, finished after {done['summary']['steps']} steps; nothing to do")
-    summary: dict[str, Any] = done["summary"]
-    return summary
-
-
-def _claim(folder: Path, recipe: dict[str, Any], base: str, init: str | None, inputs: dict[str, Any]) -> str:
-    """Writes what the run in `folder` is, or checks that it is this one; returns its identity."""
-    from diffalign.common import files, manifest
-
-    reference = manifest.identities({} if init is None else {"adapter.init": init})
-    identity = manifest.recipe_identity(
-        {
-            "recipe": _binding(recipe),
-            "base": base,
-            "reference": reference,
-            "data": manifest.identities(inputs),
-        }
-    )
-    path = folder / RUN_FILE
-    if path.is_file():
-        known = files.read_json(path)
-        _refuse_other(folder, known["recipe"], recipe)
-        if known["identity"] != identity:
-            raise UserError(
-                f"base, adapter.init or data of the run in {folder} have changed: choose another out="
-            )
-    else:
-        files.write_json(path, {"identity": identity, "recipe": recipe, "base": base})
-    return identity
-
-
-def _refuse_other(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    before, now = _binding(theirs), _binding(ours)
-    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if different:
-        changes = ", ".join(f"{key}={now.get(key)} (there: {before.get(key)})" for key in different[:3])
-        raise UserError(f"{folder} holds another run: {changes}; choose another out= or the same recipe")
-
-
-def _binding(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The recipe as dotted keys, without those that may change when a run is continued."""
-    flat: dict[str, Any] = {}
-    for name, value in recipe.items():
-        key = f"{prefix}{name}"
-        if key in NOT_IDENTITY:
-            continue
-        if isinstance(value, dict):
-            flat |= _binding(value, f"{key}.")
-        else:
-            flat[key] = value
-    return flat

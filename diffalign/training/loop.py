@@ -26,16 +26,14 @@ from diffalign.common.progress import Progress, say
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet
 from diffalign.data.loader import batches
-from diffalign.data.specs import LoaderSpec
 from diffalign.diffusion.likelihood import Draws
-from diffalign.diffusion.timesteps import TimestepSpec
 from diffalign.models._base import Model
 from diffalign.objectives._base import Objective, Output
 from diffalign.training import checkpoint as checkpoints
 from diffalign.training.health import Health
 from diffalign.training.metrics import MetricsLog
 from diffalign.training.sampling import training_draws
-from diffalign.training.specs import CheckpointSpec, OptimizerSpec
+from diffalign.training.specs import OptimizerSpec, Settings
 from diffalign.training.watch import Watch
 
 MAX_SKIPS_IN_A_ROW = 25
@@ -57,10 +55,7 @@ class Run:
         out: folder of the run.
         identity: what must be equal for a checkpoint to be continued.
         accelerator: device, precision and gradient scaling.
-        num_steps: optimizer steps.
-        accumulation: micro-batches in one optimizer step.
-        seed: of every draw.
-        log_every: optimizer steps between two lines of metrics.
+        settings: how it is trained.
         watch: held-out accuracy and sample pictures.
     """
 
@@ -70,14 +65,7 @@ class Run:
     out: Path
     identity: str
     accelerator: Accelerator
-    num_steps: int
-    accumulation: int
-    seed: int
-    log_every: int
-    loader: LoaderSpec
-    timesteps: TimestepSpec
-    optimizer: OptimizerSpec
-    checkpoint: CheckpointSpec
+    settings: Settings
     watch: Watch
 
 
@@ -113,16 +101,18 @@ def fit(run: Run) -> dict[str, Any]:
 
 def _steps(run: Run, state: _State, log: MetricsLog) -> None:
     """All steps that are left."""
-    incoming = _micro_batches(run, state.position)
-    with StopRequest() as stop, Progress("train", run.num_steps, "steps", initial=state.step) as bar:
-        while state.step < run.num_steps and not stop.requested:
-            torch.manual_seed(seed_of(run.seed, "step", state.step))
-            _set_learning_rate(state.adamw, learning_rate(run.optimizer, state.step, run.num_steps))
-            loss, rate = _timed_step(run, state, incoming)
-            bar.update(1, loss=loss, **{f"{run.objective.unit}s/s": rate})
-            last = state.step == run.num_steps
-            keep = state.step % run.checkpoint.every == 0 or last
-            if state.step % run.log_every == 0 or keep:  # what is not logged here, a resumed run cannot know
+    settings, incoming = run.settings, _micro_batches(run, state.position)
+    with StopRequest() as stop, Progress("train", settings.num_steps, "steps", initial=state.step) as bar:
+        while state.step < settings.num_steps and not stop.requested:
+            torch.manual_seed(seed_of(settings.seed, "step", state.step))
+            rate = learning_rate(settings.optimizer, state.step, settings.num_steps)
+            _set_learning_rate(state.adamw, rate)
+            loss, speed = _timed_step(run, state, incoming)
+            bar.update(1, loss=loss, **{f"{run.objective.unit}s/s": speed})
+            last = state.step == settings.num_steps
+            keep = state.step % settings.checkpoint.every == 0 or last
+            # What is not logged with a checkpoint, a resumed run cannot know.
+            if state.step % settings.log_every == 0 or keep:
                 _log(run, state, log)
             run.watch.look(run.model, state.step, log, last=last)
             if keep:
@@ -150,7 +140,7 @@ def learning_rate(spec: OptimizerSpec, step: int, num_steps: int) -> float:
 def _start(run: Run) -> _State:
     """Optimizer and counters, as new or as the newest checkpoint left them."""
     parameters = run.model.denoiser.trainable_parameters()
-    spec = run.optimizer
+    spec = run.settings.optimizer
     adamw = torch.optim.AdamW(
         parameters,
         lr=spec.lr,
@@ -173,7 +163,7 @@ def _start(run: Run) -> _State:
     run.watch.restore(found.state["watch"])
     state.step = state.saved = found.step
     state.position, state.counters = found.position, dict(found.state["counters"])
-    say(f"going on from step {found.step} of {run.num_steps}")
+    say(f"going on from step {found.step} of {run.settings.num_steps}")
     return state
 
 
@@ -191,7 +181,7 @@ def _save(run: Run, state: _State) -> None:
             "watch": run.watch.summary(),
         },
     )
-    checkpoints.save(run.out, checkpoint, identity=run.identity, keep=run.checkpoint.keep)
+    checkpoints.save(run.out, checkpoint, identity=run.identity, keep=run.settings.checkpoint.keep)
     state.saved = state.step
 
 
@@ -199,15 +189,15 @@ def _micro_batches(run: Run, start: int) -> Iterator[tuple[Batch, Draws]]:
     """Micro-batches number `start` and on, with their draws, on the device."""
     device = run.accelerator.device
     num_timesteps = run.model.process.num_timesteps
-    for batch in batches(run.train_set, run.loader, seed=run.seed, start=start):
-        draws = training_draws(batch, run.timesteps, num_timesteps, seed=run.seed)
+    for batch in batches(run.train_set, run.settings.loader, seed=run.settings.seed, start=start):
+        draws = training_draws(batch, run.settings.timesteps, num_timesteps, seed=run.settings.seed)
         yield batch.to(device), draws.to(device)
 
 
 def _timed_step(run: Run, state: _State, incoming: Iterator[tuple[Batch, Draws]]) -> tuple[float, float]:
     """One optimizer step; returns its mean loss and the groups a second, waiting for data included."""
     started = time.perf_counter()
-    micro = [next(incoming) for _ in range(run.accumulation)]
+    micro = [next(incoming) for _ in range(run.settings.accumulation)]
     loss = _optimizer_step(run, state, micro)
     state.step += 1
     return loss, sum(batch.num_groups for batch, _ in micro) / (time.perf_counter() - started)
@@ -229,7 +219,7 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]]) -
         if state.step == 0 and state.position == 0 and "margin" in output.logs:
             _say_step_zero(output)
         state.position += 1
-    norm = run.accelerator.clip_grad_norm_(state.parameters, run.optimizer.max_grad_norm or math.inf)
+    norm = run.accelerator.clip_grad_norm_(state.parameters, run.settings.optimizer.max_grad_norm or math.inf)
     _step_unless_non_finite(run, state, float(norm))
     return total / num_groups
 
@@ -283,7 +273,7 @@ def _log(run: Run, state: _State, log: MetricsLog) -> None:
     """Writes the health of the steps since the last row, if there were any."""
     if state.health.is_empty:
         return
-    rate = learning_rate(run.optimizer, state.step - 1, run.num_steps)
+    rate = learning_rate(run.settings.optimizer, state.step - 1, run.settings.num_steps)
     row = {**state.health.report(), "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
     log.write("train", state.step, row)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffalign.common.errors import UserError, unknown
+from diffalign.data.specs import LoaderSpec, PreprocessSpec
+from diffalign.diffusion.specs import TimestepSpec
+from diffalign.models._spec import AdapterSpec
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -115,3 +118,48 @@ class CheckpointSpec:
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise UserError(f"checkpoint.every={self.every}, keep={self.keep}: use 1 or more")
+
+
+@dataclass
+class Settings:
+    """All of a run but its components (model, data, objective) and its folder.
+
+    Args:
+        adapter: what is trained.
+        preprocess: how pictures are fitted to the network.
+        loader: how examples are drawn.
+        timesteps: distribution of the training timesteps.
+        optimizer: AdamW and its learning rate.
+        validation: held-out accuracy while training.
+        samples: pictures while training.
+        checkpoint: how often the run is kept.
+        num_steps: optimizer steps.
+        accumulation: micro-batches of `loader.batch_size` groups in one optimizer step.
+        precision: of the forward and backward pass; errors and losses are float32 in any case.
+        log_every: optimizer steps between two lines of metrics.
+        limit: use so many pairs only.
+        seed: of every draw.
+    """
+
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
+    loader: LoaderSpec = field(default_factory=LoaderSpec)
+    timesteps: TimestepSpec = field(default_factory=TimestepSpec)
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    validation: ValidationSpec = field(default_factory=ValidationSpec)
+    samples: SampleSpec = field(default_factory=SampleSpec)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    num_steps: int = 1000
+    accumulation: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every: int = 10
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "accumulation", "log_every", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: use 1 or more")
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)

@@ -16,7 +16,7 @@ from diffalign.data.cache import EncodedSet
 from diffalign.models._base import Model
 from diffalign.training.implicit import accuracy, judge
 from diffalign.training.metrics import MetricsLog
-from diffalign.training.specs import SampleSpec, ValidationSpec
+from diffalign.training.specs import Settings
 
 
 @dataclass
@@ -24,29 +24,26 @@ class Watch:
     """Measures that change nothing: dropout off, no gradient, no number taken from the global random stream.
 
     Args:
-        validation: when and how held-out accuracy is measured.
-        heldout: pairs for it; None: not measured.
-        samples: when and which pictures are drawn.
+        settings: of the run; `validation` and `samples` say what is looked at, and when; as many
+            pairs at once as `preprocess` encodes pictures.
+        heldout: pairs for the held-out accuracy; None: not measured.
         embedded: conditioning of the sample prompts, made before the text encoders left memory.
         out: folder of the run; pictures go to `samples/`.
         accelerator: device and precision.
-        batch_size: pairs or pictures at once.
     """
 
-    validation: ValidationSpec
+    settings: Settings
     heldout: EncodedSet | None
-    samples: SampleSpec
     embedded: tuple[Conditioning, Conditioning] | None
     out: Path
     accelerator: Accelerator
-    batch_size: int
     _last: dict[str, Any] = field(default_factory=dict)
 
     def look(self, model: Model, step: int, log: MetricsLog, *, last: bool = False) -> None:
         """Measures whatever is due at `step`."""
-        if self.heldout is not None and (step % self.validation.every == 0 or last) and step > 0:
+        if self.heldout is not None and (step % self.settings.validation.every == 0 or last) and step > 0:
             self._validate(model, step, log)
-        if self.embedded is not None and (step % self.samples.every == 0 or last):
+        if self.embedded is not None and (step % self.settings.samples.every == 0 or last):
             self._draw(model, step)
 
     def summary(self) -> dict[str, Any]:
@@ -63,8 +60,8 @@ class Watch:
             judge(
                 model.denoiser,
                 self.heldout,
-                num_draws=self.validation.draws,
-                batch_size=self.batch_size,
+                num_draws=self.settings.validation.draws,
+                batch_size=self.settings.preprocess.batch_size,
                 device=self.accelerator.device,
                 context=self.accelerator.autocast,
             )
@@ -77,7 +74,7 @@ class Watch:
 
     def _draw(self, model: Model, step: int) -> None:
         assert self.embedded is not None
-        network, spec = model.denoiser.network, self.samples
+        network, spec = model.denoiser.network, self.settings.samples
         was_training = network.training
         network.eval()
         with self.accelerator.autocast():

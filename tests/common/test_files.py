@@ -171,10 +171,15 @@ def test_lock_stops_a_second_run_and_dies_with_the_first(tmp_path: Path) -> None
     try:
         with pytest.raises(UserError, match="another run is writing to"), files.folder_lock(folder):
             pass
+        with pytest.raises(UserError, match="another run is writing to"):
+            files.refuse_locked(folder)
         holder.kill()
         holder.wait()
+        files.refuse_locked(folder)
+        files.refuse_locked(tmp_path / "missing")
         with files.folder_lock(folder), pytest.raises(UserError), files.folder_lock(folder):
             pass
+        assert not (tmp_path / "missing").exists()
     finally:
         os.kill(child, signal.SIGKILL)
         holder.stdout.close()

@@ -8,7 +8,7 @@ import pytest
 
 from diffalign.common.errors import UserError
 from diffalign.data.records import Record
-from diffalign.data.select import UsablePairs, usable_pairs
+from diffalign.data.select import UsablePairs
 from diffalign.data.sources.pickapic import to_record
 from tests.pickapic_files import messy_rows, row
 
@@ -22,7 +22,7 @@ def ids(pairs: UsablePairs) -> list[str]:
 
 
 def test_usable_rows_and_drop_reasons_by_row_id() -> None:
-    pairs = usable_pairs(records(), max_bad_share=0.5)
+    pairs = UsablePairs(records(), max_bad_share=0.5)
     assert ids(pairs) == ["0", "1", "7", "8", "9", "10", "11", "12", "18"]
     assert pairs.tally.dropped == {
         "tie": ["f:2", "f:16"],  # a tie is not decoded: row 16's broken picture stays unseen
@@ -48,7 +48,7 @@ def test_usable_rows_and_drop_reasons_by_row_id() -> None:
 
 
 def test_soft_ties_are_used_with_target_one_half() -> None:
-    pairs = usable_pairs(records(), ties="soft", max_bad_share=0.5)
+    pairs = UsablePairs(records(), ties="soft", max_bad_share=0.5)
     targets = {pair.record.id: pair.target for pair in pairs}
     assert targets == {
         "f:0": 1.0,
@@ -67,7 +67,7 @@ def test_soft_ties_are_used_with_target_one_half() -> None:
 
 
 def test_pairs_carry_the_decoded_pictures_in_the_order_of_the_row() -> None:
-    pairs = list(usable_pairs(records(2)))
+    pairs = list(UsablePairs(records(2)))
     assert [image.size for image in pairs[1].images] == [(16, 16), (24, 16)]
     assert {image.mode for pair in pairs for image in pair.images} == {"RGB"}
     first, second = pairs[0].images
@@ -76,7 +76,7 @@ def test_pairs_carry_the_decoded_pictures_in_the_order_of_the_row() -> None:
 
 
 def test_a_broken_row_never_stops_the_pass_but_too_many_refuse_it_at_the_end() -> None:
-    pairs = usable_pairs(records(), max_bad_share=0.05)
+    pairs = UsablePairs(records(), max_bad_share=0.05)
     seen: list[str] = []
     with pytest.raises(UserError) as caught:
         seen.extend(pair.record.id for pair in pairs)
@@ -91,7 +91,7 @@ def test_a_broken_row_never_stops_the_pass_but_too_many_refuse_it_at_the_end() -
 @pytest.mark.parametrize(("good", "refused"), [(19, False), (18, True)])
 def test_the_share_is_a_bound_that_may_be_reached(good: int, refused: bool) -> None:
     rows = [row(second=b"x"), *(row() for _ in range(good)), *(row(labels=(0.5, 0.5)) for _ in range(50))]
-    pairs = usable_pairs(to_record(str(index), content) for index, content in enumerate(rows))
+    pairs = UsablePairs(to_record(str(index), content) for index, content in enumerate(rows))
     if refused:
         with pytest.raises(UserError, match=r"5\.3%"):
             list(pairs)
@@ -104,15 +104,15 @@ def test_the_share_is_a_bound_that_may_be_reached(good: int, refused: bool) -> N
 def test_no_usable_pair_is_refused_with_the_reasons() -> None:
     ties = (to_record(str(index), row(labels=(0.5, 0.5))) for index in range(3))
     with pytest.raises(UserError, match=r"data: none of 3 rows is a usable pair \(3 tie\)"):
-        list(usable_pairs(ties))
+        list(UsablePairs(ties))
     with pytest.raises(UserError, match="none of 0 rows"):
-        list(usable_pairs([]))
+        list(UsablePairs([]))
 
 
 def test_a_record_that_is_no_pair_is_counted() -> None:
     single = records(1)[0]
     single.candidates.pop()
-    pairs = usable_pairs([single, *(to_record(str(index), row()) for index in range(30))])
+    pairs = UsablePairs([single, *(to_record(str(index), row()) for index in range(30))])
     assert len(list(pairs)) == 30
     assert pairs.tally.dropped == {"not_a_pair": ["f:0"]}
 
@@ -125,13 +125,13 @@ def test_limit_counts_usable_pairs_and_reads_no_further() -> None:
             read.append(record.id)
             yield record
 
-    pairs = usable_pairs(watched(), limit=3, max_bad_share=1.0)
+    pairs = UsablePairs(watched(), limit=3, max_bad_share=1.0)
     assert ids(pairs) == ["0", "1", "7"]
     assert read[-1] == "f:7"
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(UserError, match="ties='maybe': choose drop"):
-        usable_pairs([], ties="maybe")
+        UsablePairs([], ties="maybe")
     with pytest.raises(UserError, match="max_bad_share=5: give a share between 0 and 1"):
-        usable_pairs([], max_bad_share=5)
+        UsablePairs([], max_bad_share=5)

@@ -24,9 +24,7 @@ from diffalign.objectives._base import Output
 from diffalign.objectives.diffusion_dpo import Plugin as DPO
 from diffalign.training import loop
 from diffalign.training.checkpoint import Checkpoint, load_latest
-from diffalign.training.setup import accelerator_for
 from diffalign.training.specs import OptimizerSpec, SampleSpec, ValidationSpec
-from diffalign.training.watch import Watch
 from tests.tiny_training import make_run, make_set
 
 
@@ -279,18 +277,15 @@ def test_watching_changes_nothing(
     model: Any, train_set: EncodedSet, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Held-out accuracy and pictures while training: the same bits, and their results where they belong."""
-    accelerator = accelerator_for("fp32")
     samples = SampleSpec(prompts=["a ring", "a cube"], every=4, num_inference_steps=1)
-    watch = Watch(
-        ValidationSpec(share=0.5, every=3, draws=2),
-        train_set.subset([0, 1]),
-        samples,
-        model.embed_for_generation(samples.prompts),
-        tmp_path,
-        accelerator,
-        4,
-    )
-    summary = loop.fit(make_run(model, train_set, tmp_path, watch=watch, **HARD))
+    watched = {
+        **HARD,
+        "validation": ValidationSpec(share=0.5, every=3, draws=2),
+        "samples": samples,
+        "heldout": train_set.subset([0, 1]),
+        "embedded": model.embed_for_generation(samples.prompts),
+    }
+    summary = loop.fit(make_run(model, train_set, tmp_path, **watched))
     ours, theirs = newest(tmp_path), newest(undisturbed)
     assert same(ours.trained, theirs.trained) and same(ours.state["optimizer"], theirs.state["optimizer"])
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
@@ -304,5 +299,4 @@ def test_watching_changes_nothing(
         in capsys.readouterr().err
     )
     # A run that was killed between its last checkpoint and its manifest still knows what it measured.
-    again = Watch(watch.validation, watch.heldout, samples, watch.embedded, tmp_path, accelerator, 4)
-    assert loop.fit(make_run(model, train_set, tmp_path, watch=again, **HARD)) == summary
+    assert loop.fit(make_run(model, train_set, tmp_path, **watched)) == summary

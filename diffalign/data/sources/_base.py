@@ -13,7 +13,7 @@ from typing import Literal
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.data.records import Record
-from diffalign.data.select import UsablePairs, check_share, check_ties, usable_pairs
+from diffalign.data.select import UsablePairs, check_share, check_ties
 
 WHOLE_HASH_BYTES = 1_000_000_000
 TAIL_BYTES = 64 * 1024
@@ -78,7 +78,7 @@ class Source:
 
     def usable_pairs(self, *, limit: int | None = None) -> UsablePairs:
         """Returns the usable pairs under `ties` and `max_bad_share`; `limit` counts pairs, not rows."""
-        return usable_pairs(
+        return UsablePairs(
             self.records(), ties=self.ties, max_bad_share=self.max_bad_share, limit=limit, what=self.path
         )
 
