@@ -8,8 +8,8 @@ Examples:
     diffalign train model=sdxl model.path=stabilityai/stable-diffusion-xl-base-1.0 data=pickapic
         data.path=pickapic_v2/data data.split=train objective=diffusion_dpo out=runs/dpo precision=bf16
         model.dtype=bf16
-    diffalign train --config configs/sdxl_dpo_24gb.yaml data.path=pickapic_v2/data out=runs/dpo
-    diffalign train --config configs/sdxl_dpo_24gb.yaml --dry-run out=runs/dpo objective.beta=2000
+    diffalign train --config configs/sdxl_dpo_lora_24gb.yaml data.path=pickapic_v2/data out=runs/dpo
+    diffalign train --config configs/sdxl_dpo_lora_24gb.yaml --dry-run out=runs/dpo objective.beta=2000
 """
 
 from __future__ import annotations
