@@ -13,6 +13,7 @@ brings can be had from guidance too.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,15 @@ from diffalign.objectives.sft import Plugin as SFT
 
 KINDS = ("accurate", "object", "colour", "count", "position")
 
+MIN_GAIN = 0.08
+"""Of accuracy, pooled over the training seeds."""
+
+MAX_LOSS = 0.02
+"""Of any kind of clause."""
+
+MIN_VENDI = 0.9
+"""Diversity of the aligned pictures over that of the base."""
+
 BEST_GUIDANCE = 3.0
 """Of the base, by accuracy on 200 tuning prompts: 0.08 at 1, 0.25 at 1.5, 0.32 at 2, 0.43 at 3, 0.37 at 5."""
 
@@ -37,8 +47,8 @@ Rows = dict[tuple[str, Any], dict[str, float]]
 """(prompt, seed) -> the grader's numbers, NaN where a caption has no such clause."""
 
 
-def main() -> None:
-    """Tunes or accepts, and writes the report."""
+def main() -> int:
+    """Tunes or accepts, and writes the report; exit code 1 when a bar is missed."""
     arguments = parse()
     out = Path(arguments.out)
     size = replace(
@@ -76,10 +86,32 @@ def main() -> None:
         "seconds_per_seed": seconds,
         "versions": versions(),
     }
+    report["checks"] = checks(report)
     files.write_json(out / f"report-{tag(arguments, size)}.json", report)
     text = as_markdown(report)
     files.write_text(out / f"report-{tag(arguments, size)}.md", text)
     print(text)
+    return 0 if all(report["checks"].values()) else 1
+
+
+def checks(report: dict[str, Any]) -> dict[str, bool]:
+    """What the aligned model must reach, each with yes or no."""
+    dpo = report["methods"]["dpo"]
+    parts = {name: dpo["parts"][name]["difference"] for name in KINDS}
+    kinds = [parts[name] for name in KINDS if name != "accurate"]
+    worst = min(seed["accuracy"] for seed in dpo["per_seed"])
+    return {
+        "win rate: interval above one half": dpo["win_rate"]["low"] > 0.5,
+        f"accuracy: +{100 * MIN_GAIN:g} points or more": parts["accurate"]["estimate"] >= MIN_GAIN,
+        "accuracy: no training seed below the base": worst >= report["base_accuracy"],
+        "two kinds of clauses or more better, intervals clear of 0": sum(k["low"] > 0 for k in kinds) >= 2,
+        f"no kind worse by more than {100 * MAX_LOSS:g} points": min(k["estimate"] for k in kinds)
+        >= -MAX_LOSS,
+        f"Vendi diversity at least {MIN_VENDI:g} of the base": min(
+            seed["vendi"]["ratio"] for seed in dpo["per_seed"]
+        )
+        >= MIN_VENDI,
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -217,6 +249,8 @@ def as_markdown(report: dict[str, Any]) -> str:
             f"{s['accuracy']:.3f} ({s['win_rate']:.3f}, {s['vendi']['ratio']:.3f})" for s in row["per_seed"]
         )
         lines.append(f"- {name}: {seeds}; base {report['base_accuracy']:.3f}")
+    lines += ["", "| bar | met |", "|---|---|"]
+    lines += [f"| {name} | {'yes' if met else 'NO'} |" for name, met in report["checks"].items()]
     return "\n".join([*lines, ""])
 
 
@@ -229,4 +263,4 @@ def _signed(value: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

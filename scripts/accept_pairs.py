@@ -12,6 +12,7 @@ the base's error alone, and by which picture is sharper.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +38,15 @@ from diffalign.training.specs import CheckpointSpec, OptimizerSpec
 
 DRAWS = 8
 
+MIN_DEGRADED = 0.78
+"""Lower end of the 95 % interval of the accuracy on degraded pairs."""
 
-def main() -> None:
-    """Trains and judges every seed, then writes the report."""
+MAX_SECONDS = 900
+"""Of one training seed on 2 CPU cores."""
+
+
+def main() -> int:
+    """Trains and judges every seed, then writes the report; exit code 1 when a bar is missed."""
     arguments = parse()
     out, rows, seconds = Path(arguments.out), [], {}
     source = PickAPic(path=arguments.judge)
@@ -51,18 +58,24 @@ def main() -> None:
     concepts_in_train = {concept(caption) for caption in captions_in_train}
     for row in rows:
         row["seen"] = concept(row["prompt"]) in concepts_in_train
-    report = {
+    report: dict[str, Any] = {
         "settings": vars(arguments),
         "seconds_per_seed": seconds,
         "tables": tables(rows),
         "versions": versions(),
         "dropped_in_train": files.read_json(out / "seed-0" / "manifest.json")["dropped"],
     }
+    report["checks"] = {
+        f"degraded pairs: interval above {MIN_DEGRADED}": report["tables"]["degraded"]["right"]["low"]
+        >= MIN_DEGRADED,
+        f"every seed within {MAX_SECONDS} s": max(seconds.values()) <= MAX_SECONDS,
+    }
     files.write_json(out / "report.json", report)
     files.write_jsonl(out / "rows.jsonl", rows)
     text = as_markdown(report)
     files.write_text(out / "report.md", text)
     print(text)
+    return 0 if all(report["checks"].values()) else 1
 
 
 def parse() -> argparse.Namespace:
@@ -97,7 +110,9 @@ def preprocess(arguments: argparse.Namespace) -> PreprocessSpec:
 
 
 def train_seed(arguments: argparse.Namespace, seed: int) -> float:
-    """One run of `diffalign train`; returns its seconds (0 when it was already there)."""
+    """One run of `diffalign train`; returns its seconds, those of earlier, stopped starts included."""
+    clock = Path(arguments.out) / f"seconds-{seed}.json"
+    before = files.read_json(clock)["seconds"] if clock.exists() else 0.0
     started = time.perf_counter()
     train(
         model=base_spec(arguments),
@@ -112,7 +127,9 @@ def train_seed(arguments: argparse.Namespace, seed: int) -> float:
         num_steps=arguments.steps,
         seed=seed,
     )
-    return time.perf_counter() - started
+    seconds = before + time.perf_counter() - started
+    files.write_json(clock, {"seconds": seconds})
+    return seconds
 
 
 def judge_seed(arguments: argparse.Namespace, pairs: list[Pair], seed: int) -> list[dict[str, Any]]:
@@ -219,8 +236,11 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     dropped = {reason: len(ids) for reason, ids in report["dropped_in_train"].items()}
     seconds = ", ".join(f"{value:.0f}" for value in report["seconds_per_seed"].values())
-    return "\n".join([*lines, "", f"Seconds a seed: {seconds}. Rows dropped from training: {dropped}.", ""])
+    lines += ["", f"Seconds a seed: {seconds}. Rows dropped from training: {dropped}.", ""]
+    lines += ["| bar | met |", "|---|---|"]
+    lines += [f"| {name} | {'yes' if met else 'NO'} |" for name, met in report["checks"].items()]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
