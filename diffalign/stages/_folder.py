@@ -8,8 +8,7 @@ from typing import Any
 from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.common.progress import say
-
-RUN_FILE = "run.json"
+from diffalign.stages._run import RECIPE, earlier_run
 
 NOT_IDENTITY = (
     "out",
@@ -31,16 +30,12 @@ def finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
         UserError: `folder` is a file, holds something else, or another run is writing to it.
     """
     files.refuse_locked(folder)  # said now, not after an hour of encoding; likewise below
+    earlier = earlier_run(folder, "train")
+    if earlier is not None:
+        _refuse_other(folder, earlier["recipe"], recipe)
     done = manifest.read_manifest(folder)
     if done is None:
-        if folder.is_file():
-            raise UserError(f"out={folder} is a file: give a folder")
-        if (folder / RUN_FILE).is_file():
-            _refuse_other(folder, files.read_json(folder / RUN_FILE)["recipe"], recipe)
         return None
-    if done["stage"] != "train":
-        raise UserError(f"{folder} holds the output of {done['stage']!r}: choose another folder")
-    _refuse_other(folder, done["recipe"], recipe)
     say(f"{folder} holds this run, finished after {done['summary']['steps']} steps; nothing to do")
     summary: dict[str, Any] = done["summary"]
     return summary
@@ -57,16 +52,16 @@ def claim(folder: Path, recipe: dict[str, Any], base: str, init: str | None, inp
             "data": manifest.identities(inputs),
         }
     )
-    path = folder / RUN_FILE
-    if path.is_file():
-        known = files.read_json(path)
-        _refuse_other(folder, known["recipe"], recipe)
-        if known["identity"] != identity:
-            raise UserError(
-                f"base, adapter.init or data of the run in {folder} have changed: choose another out="
-            )
-    else:
-        files.write_json(path, {"identity": identity, "recipe": recipe, "base": base})
+    earlier = earlier_run(folder, "train")
+    if earlier is None:
+        said = {"stage": "train", "identity": identity, "recipe": recipe, "base": base}
+        files.write_json(folder / RECIPE, said)
+        return identity
+    _refuse_other(folder, earlier["recipe"], recipe)
+    if earlier["identity"] != identity:
+        raise UserError(
+            f"base, adapter.init or data of the run in {folder} have changed: choose another out="
+        )
     return identity
 
 

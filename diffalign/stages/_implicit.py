@@ -13,6 +13,7 @@ from diffalign.data.cache import EncodedSet, encode_pairs
 from diffalign.data.sources._base import Source
 from diffalign.data.specs import PreprocessSpec
 from diffalign.models._spec import ModelSpec
+from diffalign.stages._run import claim_folder
 from diffalign.training.implicit import PairJudgement, accuracy, judge
 from diffalign.training.setup import accelerator_for
 
@@ -62,7 +63,7 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source,
         "accuracy": accuracy(judgements).as_dict(),
         "base_error_accuracy": base_accuracy(judgements).as_dict(),
     }
-    with files.folder_lock(out):
+    with claim_folder(out, stage="evaluate", recipe=recipe):
         files.write_jsonl(out / ROWS_FILE, rows_of(judgements, encoded))
         files.write_json(out / SUMMARY_FILE, summary)
         manifest.write_manifest(

@@ -1,4 +1,4 @@
-"""What stages that write row after row share: the device, the folder that a killed run continues in."""
+"""What stages share: the device, and the output folder, which belongs to one run from its first file on."""
 
 from __future__ import annotations
 
@@ -31,9 +31,27 @@ def pick_device(device: str) -> str:
     return device
 
 
+def earlier_run(folder: Path, stage: str) -> dict[str, Any] | None:
+    """Returns what a run of the same stage, finished or not, said of itself in `folder`; None without one.
+
+    Raises:
+        UserError: `folder` is a file, or holds the output of another stage.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out={folder} is a file: give a folder")
+    found: dict[str, Any] | None = None
+    for name in (manifest.FILE_NAME, RECIPE):
+        if (folder / name).is_file():
+            found = files.read_json(folder / name)
+            if found is None or found.get("stage") != stage:
+                theirs = (found or {}).get("stage")
+                raise UserError(f"out={folder} holds the output of '{theirs}': choose another folder")
+    return found
+
+
 @contextlib.contextmanager
-def resumable_folder(
-    out: str | Path, *, stage: str, recipe: Mapping[str, Any], same: Mapping[str, Any]
+def claim_folder(
+    out: str | Path, *, stage: str, recipe: Mapping[str, Any], same: Mapping[str, Any] | None = None
 ) -> Iterator[Path]:
     """Locks the output folder and yields it; the same stage may come back to it, another may not.
 
@@ -45,19 +63,18 @@ def resumable_folder(
         stage: the verb.
         recipe: the resolved recipe, for people.
         same: what must be equal for a run to continue: the settings that decide the rows, and their inputs.
+            None: the stage starts anew each time and replaces its files.
 
     Raises:
         UserError: `out` is a file, holds something else, or another run is writing there.
     """
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={folder} is a file: give a folder")
-    refuse_foreign_folder(folder, stage, same)
+    refuse_other_run(folder, stage, same)
     is_new = not folder.exists()
     with files.folder_lock(folder):
         files.remove_leftovers(folder)
-        refuse_foreign_folder(folder, stage, same)  # again: it may have changed before the lock was ours
-        if not (folder / RECIPE).is_file():
+        refuse_other_run(folder, stage, same)  # again: it may have changed before the lock was ours
+        if same is None or not (folder / RECIPE).is_file():
             files.write_json(folder / RECIPE, {"stage": stage, "decides": same, "recipe": recipe})
         try:
             yield folder
@@ -67,44 +84,19 @@ def resumable_folder(
             raise
 
 
-def refuse_foreign_folder(folder: Path, stage: str, same: Mapping[str, Any]) -> None:
-    """Checks that the folder is empty of results, or holds those of the same stage and settings.
+def refuse_other_run(folder: Path, stage: str, same: Mapping[str, Any] | None) -> None:
+    """Checks that `folder` holds nothing, or a run of this stage with the settings `same` (None: any).
 
     Raises:
         UserError: it holds the output of another stage or recipe; says which setting differs.
     """
-    if not (folder / RECIPE).is_file():
-        found = manifest.read_manifest(folder)
-        if found is not None:
-            raise UserError(f"out={folder} holds the output of '{found.get('stage')}': choose another folder")
+    found = earlier_run(folder, stage)
+    if found is None or same is None:
         return
-    found = files.read_json(folder / RECIPE)
-    if found.get("stage") != stage:
-        raise UserError(f"out={folder} holds the output of '{found.get('stage')}': choose another folder")
-    if manifest.recipe_identity(found.get("decides", {})) != manifest.recipe_identity(same):
-        changed = _difference(found.get("decides", {}), files.to_plain(same))
+    before = found.get("decides") or {}
+    if manifest.recipe_identity(before) != manifest.recipe_identity(same):
+        changed = _difference(before, files.to_plain(same))
         raise UserError(f"out={folder} holds a run of another recipe ({changed}): choose another folder")
-
-
-def refuse_foreign_output(folder: Path, stage: str, ours: tuple[str, ...]) -> None:
-    """Checks that a stage that writes its files in one go would replace nothing but its own earlier output.
-
-    Args:
-        folder: the output folder.
-        stage: the verb.
-        ours: files that only this stage writes, in case a run was killed before its manifest.
-
-    Raises:
-        UserError: `folder` is a file or holds the output of another stage.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={folder} is a file: give a folder")
-    for name in (RECIPE, manifest.FILE_NAME):
-        if (folder / name).is_file() and not any((folder / mine).is_file() for mine in ours):
-            found = files.read_json(folder / name).get("stage")
-            raise UserError(
-                f"out={folder} holds the output of '{found}': choose another folder than the {stage}'s"
-            )
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

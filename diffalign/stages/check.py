@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from diffalign.common.config import One, make_one, resolved_recipe
 from diffalign.common.errors import UserError
-from diffalign.stages._run import RECIPE
+from diffalign.stages._run import claim_folder, earlier_run
 
 REPORT = "check.json"
 SHOWN_IDS = 16
@@ -51,7 +51,7 @@ def check(
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give a number of rows of at least 1, or leave it out")
     if out is not None:
-        _refuse_foreign_folder(Path(out))
+        earlier_run(Path(out), "check")  # refuse another stage's folder before the work
     report = _take_census(data, limit)
     if json:
         import json as jsonlib
@@ -61,10 +61,10 @@ def check(
         text = as_table(report)
     print(text)
     if out is not None:
-        with files.folder_lock(out):
-            files.write_json(Path(out) / REPORT, report)
+        with claim_folder(out, stage="check", recipe=recipe) as folder:
+            files.write_json(folder / REPORT, report)
             manifest.write_manifest(
-                out,
+                folder,
                 stage="check",
                 recipe=recipe,
                 inputs=data.inputs(),
@@ -149,16 +149,3 @@ def _ids(names: list[str]) -> str:
     shown = "; ".join((f"{file}:" if file else "") + ", ".join(rows) for file, rows in by_file.items())
     more = f", and {len(names) - SHOWN_IDS:,} more" if len(names) > SHOWN_IDS else ""
     return f"  {shown}{more}" if names else ""
-
-
-def _refuse_foreign_folder(folder: Path) -> None:
-    """Raises UserError where the report would stand among the output of another stage, finished or not."""
-    from diffalign.common import files, manifest
-
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={folder} is a file: give a folder")
-    found = manifest.read_manifest(folder)
-    if found is None and (folder / RECIPE).is_file():
-        found = files.read_json(folder / RECIPE)
-    if found is not None and found.get("stage") != "check":
-        raise UserError(f"out={folder} holds the output of '{found.get('stage')}': choose another folder")

@@ -102,7 +102,7 @@ def _images(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
 
     _check_images_recipe(recipe)
     out = Path(recipe["out"])
-    _run.refuse_foreign_output(out, "evaluate", (REPORT,))
+    _run.earlier_run(out, "evaluate")  # refuse another stage's folder before the work
     place = _run.pick_device(recipe["device"])
     chosen = make_many("scorers", plugins["scorers"]) if plugins["scorers"] is not None else {}
     made = make_one("scorers", plugins["embedder"])
@@ -125,7 +125,7 @@ def _images(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
     title = (
         f"{name} ({reward.scale}): aligned wins {100 * reward.win_rate.estimate:.1f} % of {reward.win_rate.n}"
     )
-    with files.folder_lock(out):
+    with _run.claim_folder(out, stage="evaluate", recipe=recipe):
         with files.atomic_path(out / GRID) as temporary:
             draw_grid(sections, name, title=title, higher_is_better=higher).save(temporary, format="PNG")
         files.write_text(out / TEXT, report.as_text() + "\n")
@@ -154,7 +154,7 @@ def _implicit(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
                 f"evaluate mode=implicit needs {name}: the base, the pairs and the aligned adapter"
             )
     out = Path(recipe["out"])
-    _run.refuse_foreign_output(out, "evaluate", (_implicit.SUMMARY_FILE,))
+    _run.earlier_run(out, "evaluate")
     return _implicit.evaluate_implicit(
         recipe,
         model=make_one("models", plugins["model"]),

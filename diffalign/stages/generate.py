@@ -133,7 +133,7 @@ def generate(
     inputs = {"model": spec.path, **{f"adapter {name}": use.path for name, use in uses.items()}}
     if isinstance(prompts, str):
         inputs["prompts"] = prompts
-    with _run.resumable_folder(out, stage="generate", recipe=recipe, same=same) as folder:
+    with _run.claim_folder(out, stage="generate", recipe=recipe, same=same) as folder:
         found = _draw(loaded, jobs, folder, settings, {"model": _model_label(spec.path, uses)}, batch_size)
         if found == len(jobs) and manifest.read_manifest(folder) is not None:
             say(f"{folder} is complete: {found} pictures, nothing to do")

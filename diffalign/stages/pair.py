@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.common.config import resolved_recipe
 from diffalign.common.errors import UserError, unknown
-from diffalign.stages._run import resumable_folder
+from diffalign.stages._run import claim_folder
 
 if TYPE_CHECKING:
     from diffalign.data.records import Candidate, Record
@@ -76,7 +76,7 @@ def pair(
         raise UserError(f"{path}: no pair out of {found}; lower margin or use ties=soft")
     decides = {key: value for key, value in recipe.items() if key not in ("images", "out")}
     same = {**decides, "by": name, "images": files.file_identity(path)}
-    with resumable_folder(out, stage="pair", recipe=recipe, same=same):
+    with claim_folder(out, stage="pair", recipe=recipe, same=same):
         target = Path(out) / PREFERENCES
         write_records(target, records)
         manifest.write_manifest(

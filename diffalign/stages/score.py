@@ -63,7 +63,7 @@ def score(
         "versions": versions,
         "pictures": manifest.recipe_identity({"rows": rows}),
     }
-    with _run.resumable_folder(out, stage="score", recipe=recipe, same=same) as folder:
+    with _run.claim_folder(out, stage="score", recipe=recipe, same=same) as folder:
         path = folder / ROWS
         files.trim_torn_tail(path)
         done = {str(row["id"]) for row in files.read_jsonl(path)} if path.exists() else set()

@@ -74,7 +74,7 @@ def finished(tiny_sdxl: str, pairs: Path, tmp_path_factory: pytest.TempPathFacto
 def test_what_a_run_leaves(finished: Path, pairs: Path) -> None:
     inside = sorted(path.name for path in finished.iterdir())
     assert inside == [
-        ".lock", "adapter", "checkpoints", "manifest.json", "metrics.jsonl", "run.json", "tensorboard",
+        ".lock", "adapter", "checkpoints", "manifest.json", "metrics.jsonl", "recipe.json", "tensorboard",
     ]  # fmt: skip
     manifest = json.loads((finished / "manifest.json").read_text())
     name = pairs.name

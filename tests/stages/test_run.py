@@ -1,0 +1,55 @@
+"""The output folder of a stage: it belongs to one run from its first file on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffalign.common import files
+from diffalign.common.errors import UserError
+from diffalign.stages import _folder
+from diffalign.stages._run import claim_folder, earlier_run
+
+STAGES = ("check", "generate", "score", "pair", "evaluate")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unfinished_training_run_is_left_alone(stage: str, tmp_path: Path) -> None:
+    """No stage writes into it, and afterwards the run still goes on."""
+    recipe = {"num_steps": 4, "optimizer": {"lr": 0.1}}
+    identity = _folder.claim(tmp_path, recipe, "base", None, {})
+    for same in (None, {"seeds": [0]}):
+        with (
+            pytest.raises(UserError, match="holds the output of 'train': choose another folder"),
+            claim_folder(tmp_path, stage=stage, recipe={}, same=same),
+        ):
+            raise AssertionError("the folder was given away")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json"]
+    assert _folder.finished(tmp_path, recipe) is None
+    assert _folder.claim(tmp_path, recipe, "base", None, {}) == identity
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_leaves_the_folder_of_a_killed_stage_alone(stage: str, tmp_path: Path) -> None:
+    with claim_folder(tmp_path / "out", stage=stage, recipe={"seed": 1}):
+        pass
+    for ask in (
+        lambda: _folder.finished(tmp_path / "out", {}),
+        lambda: _folder.claim(tmp_path / "out", {}, "base", None, {}),
+    ):
+        with pytest.raises(UserError, match=f"holds the output of '{stage}'"):
+            ask()
+
+
+def test_a_stage_without_resume_takes_its_own_folder_again(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        with claim_folder(tmp_path, stage="check", recipe={"seed": seed}):
+            pass
+        assert files.read_json(tmp_path / "recipe.json")["recipe"] == {"seed": seed}
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file: give a folder"):
+        earlier_run(tmp_path / "file", "check")
