@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.common.conditioning import Conditioning
+from diffalign.common.errors import UserError
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.process import Process
 from diffalign.models._spec import DTYPES, AdapterSpec
@@ -25,6 +26,10 @@ def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, DTYPES[name])
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+class NonFinitePicture(UserError):
+    """A drawn picture that is NaN or infinite; raised before it can be taken for a black one."""
 
 
 class Model(Protocol):
@@ -79,7 +84,7 @@ class Model(Protocol):
         scheduler: str | None = None,
         embedded: tuple[Conditioning, Conditioning] | None = None,
     ) -> list[Any]:
-        """One PIL image per (prompt, seed)."""
+        """One PIL image per (prompt, seed); NonFinitePicture where there is none."""
         ...
 
     def embed_for_generation(

@@ -17,7 +17,7 @@ from diffalign.common.manifest import recipe_identity
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze, without_requires_grad
 from diffalign.diffusion.process import Process
 from diffalign.models import _adapters
-from diffalign.models._base import REFERENCE, TRAINED, torch_dtype
+from diffalign.models._base import REFERENCE, TRAINED, NonFinitePicture, torch_dtype
 from diffalign.models._parts import Parts
 from diffalign.models._spec import AdapterSpec, ModelSpec
 
@@ -101,11 +101,12 @@ class UNetModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` float32 in [0, 1] of scaled latents `[B, c, h, w]`."""
+        """Images `[B, 3, H, W]` float32 in [0, 1] of scaled latents `[B, c, h, w]`; NaN where the VAE fails."""
         vae = self.parts["vae"]
         shift, scale = _shift_and_scale(vae)
         decoded = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
-        return (decoded.float() / 2.0 + 0.5).clamp(0.0, 1.0)
+        images = decoded.float() / 2.0 + 0.5
+        return images.clamp(0.0, 1.0).where(images.isfinite(), torch.nan)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning with one row a prompt; made by the pipeline's own `encode_prompt`."""
@@ -173,6 +174,9 @@ class UNetModel:
             scheduler: class name of a diffusers scheduler; None: the base's own.
             embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already
                 gone.
+
+        Raises:
+            NonFinitePicture: the network or the VAE gives NaN or infinity for one of them.
         """
         height, width = height or self.default_resolution, width or self.default_resolution
         if height % self.size_multiple or width % self.size_multiple:
@@ -196,7 +200,9 @@ class UNetModel:
                 **self._embedding_arguments(cond, negative),
                 **{key: value for key, value in settings.items() if value is not None},
             ).images
-        return pipeline.image_processor.numpy_to_pil(self.decode(latents).cpu().permute(0, 2, 3, 1).numpy())
+        images = self.decode(latents)
+        _refuse_non_finite(latents, images, prompts, seeds)
+        return pipeline.image_processor.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy())
 
     def embed_for_generation(
         self, prompts: list[str], negative_prompt: str | None = None
@@ -314,6 +320,20 @@ def scheduler_class(name: str) -> Any:
     if name not in known:
         raise unknown("scheduler", name, known)
     return getattr(diffusers, name)
+
+
+def _refuse_non_finite(latents: Tensor, images: Tensor, prompts: list[str], seeds: list[int]) -> None:
+    """Refuses what would be written as a plain black picture and scored as a real one."""
+    for prompt, seed, latent, image in zip(prompts, seeds, latents, images, strict=True):
+        if not bool(latent.isfinite().all()):
+            cause = "the network diverges: use an adapter of an earlier step, or model.dtype=bf16 or fp32"
+        elif not bool(image.isfinite().all()):
+            cause = (
+                "the VAE overflows: use model.vae_dtype=fp32, or one fixed for half precision (model.vae=...)"
+            )
+        else:
+            continue
+        raise NonFinitePicture(f"the picture of {prompt!r} with seed {seed} is not finite; {cause}")
 
 
 def _shift_and_scale(vae: Any) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from diffalign.common import files
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.progress import say
 from diffalign.data.cache import EncodedSet
-from diffalign.models._base import Model
+from diffalign.models._base import Model, NonFinitePicture
 from diffalign.training.implicit import accuracy, judge
 from diffalign.training.metrics import MetricsLog
 from diffalign.training.specs import Settings
@@ -77,16 +77,21 @@ class Watch:
         network, spec = model.denoiser.network, self.settings.samples
         was_training = network.training
         network.eval()
-        with self.accelerator.autocast():
-            pictures = model.generate(
-                spec.prompts,
-                [spec.seed] * len(spec.prompts),
-                guidance_scale=spec.guidance_scale,
-                num_inference_steps=spec.num_inference_steps,
-                embedded=self.embedded,
-            )
-        model.drop_encoders()
-        network.train(was_training)
+        try:
+            with self.accelerator.autocast():
+                pictures = model.generate(
+                    spec.prompts,
+                    [spec.seed] * len(spec.prompts),
+                    guidance_scale=spec.guidance_scale,
+                    num_inference_steps=spec.num_inference_steps,
+                    embedded=self.embedded,
+                )
+        except NonFinitePicture as error:  # no reason to stop: whether the run is healthy, its losses say
+            say(f"step {step}: no sample pictures: {error}")
+            return
+        finally:
+            model.drop_encoders()
+            network.train(was_training)
         with files.atomic_path(self.out / "samples" / f"step-{step:08d}.png") as temporary:
             side_by_side(pictures).save(temporary, format="PNG")
 

@@ -1,0 +1,37 @@
+"""What SD and SDXL share: pictures that are not finite are refused, the VAE keeps its own precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from diffalign.models import load_model
+from diffalign.models._base import NonFinitePicture
+
+
+@pytest.fixture
+def model(tiny_sd: str) -> Any:
+    return load_model("sd", tiny_sd)
+
+
+def draw(model: Any) -> list[Any]:
+    pictures: list[Any] = model.generate(["a ring", "a cube"], [7, 8], num_inference_steps=1)
+    return pictures
+
+
+def test_a_network_that_diverges_draws_nothing(model: Any) -> None:
+    model.network.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(NonFinitePicture, match="of 'a ring' with seed 7 is not finite; the network diverges"):
+        draw(model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_vae_that_overflows_draws_nothing(value: float, model: Any) -> None:
+    """Neither black (NaN as a whole number) nor white (infinity, clamped)."""
+    model.parts["vae"].decoder.conv_out.bias.data[1] = value
+    decoded = model.decode(torch.zeros(1, 4, 16, 16))
+    assert decoded[:, 1].isnan().all() and decoded[:, [0, 2]].isfinite().all()
+    with pytest.raises(NonFinitePicture, match="of 'a ring' with seed 7 is not finite; the VAE overflows"):
+        draw(model)
