@@ -91,20 +91,26 @@ class UNetModel:
 
     # Encoding
 
+    def _own_precision(self) -> Any:
+        # `vae_dtype` holds whatever the precision of training: under fp16 autocast SDXL's overflows.
+        return torch.autocast(self.device.type, enabled=False)
+
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """`(mean, std)` of scaled latents, `[B, c, h, w]` float32, of images `[B, 3, H, W]` in [0, 1]."""
         vae = self.parts["vae"]
-        posterior = vae.encode((images * 2.0 - 1.0).to(self.device, vae.dtype)).latent_dist
+        with self._own_precision():
+            posterior = vae.encode((images * 2.0 - 1.0).to(self.device, vae.dtype)).latent_dist
         shift, scale = _shift_and_scale(vae)
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` float32 in [0, 1] of scaled latents `[B, c, h, w]`; NaN where the VAE fails."""
+        """Images `[B, 3, H, W]` float32 in [0, 1] of scaled latents `[B, c, h, w]`; NaN where it fails."""
         vae = self.parts["vae"]
         shift, scale = _shift_and_scale(vae)
-        decoded = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
+        with self._own_precision():
+            decoded = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
         images = decoded.float() / 2.0 + 0.5
         return images.clamp(0.0, 1.0).where(images.isfinite(), torch.nan)
 

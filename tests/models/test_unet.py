@@ -35,3 +35,13 @@ def test_a_vae_that_overflows_draws_nothing(value: float, model: Any) -> None:
     assert decoded[:, 1].isnan().all() and decoded[:, [0, 2]].isfinite().all()
     with pytest.raises(NonFinitePicture, match="of 'a ring' with seed 7 is not finite; the VAE overflows"):
         draw(model)
+
+
+def test_the_vae_keeps_its_precision_under_autocast(model: Any) -> None:
+    """As when sample pictures are drawn while training; bit for bit."""
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, std = model.encode_images(images)
+    decoded = model.decode(mean)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.decode(mean), decoded)
+        assert all(map(torch.equal, model.encode_images(images), (mean, std)))
