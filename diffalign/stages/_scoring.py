@@ -12,6 +12,7 @@ from diffalign.common import files
 from diffalign.common.errors import UserError
 
 if TYPE_CHECKING:
+    from diffalign.data.records import ImageRef
     from diffalign.scorers import Scorer, Scores
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -70,6 +71,19 @@ def _picture_files(folder: Path) -> list[Row]:
     return rows
 
 
+def digests(rows: Sequence[Row], folder: Path) -> list[str | None]:
+    """Returns what identifies each picture's bytes, None for a missing one; it reads every picture once."""
+    from diffalign.data.records import BadImage
+
+    found: list[str | None] = []
+    for row in rows:
+        try:
+            found.append(_picture(row, folder).digest().hex())
+        except BadImage:
+            found.append(None)
+    return found
+
+
 def check_needs(rows: Sequence[Row], scorers: Mapping[str, Scorer]) -> None:
     """Checks that every row brings what the scorers need.
 
@@ -96,7 +110,7 @@ def score_batches(
 
     A picture that cannot be decoded scores NaN (null on disk) under every scorer and says why in `errors`.
     """
-    from diffalign.data.records import BadImage, ImageRef
+    from diffalign.data.records import BadImage
 
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -104,7 +118,7 @@ def score_batches(
         problems: list[str | None] = []
         for row in batch:
             try:
-                pictures.append(ImageRef(path=folder / row["image"], name=row["image"]).open())
+                pictures.append(_picture(row, folder).open())
                 problems.append(None)
             except BadImage as error:
                 problems.append(str(error))
@@ -115,6 +129,12 @@ def score_batches(
             _scored(row, scorers, results, next(places) if problem is None else None, problem)
             for row, problem in zip(batch, problems, strict=True)
         ]
+
+
+def _picture(row: Row, folder: Path) -> ImageRef:
+    from diffalign.data.records import ImageRef
+
+    return ImageRef(path=folder / row["image"], name=row["image"])
 
 
 def _score(scorer: Scorer, pictures: list[Any], rows: list[Row]) -> Scores:

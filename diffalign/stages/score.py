@@ -61,7 +61,8 @@ def score(
     same = {
         "scorers": recipe["scorers"],
         "versions": versions,
-        "pictures": manifest.recipe_identity({"rows": rows}),
+        "rows": manifest.recipe_identity({"rows": rows}),
+        "pictures": manifest.recipe_identity({"digests": _scoring.digests(rows, source)}),
     }
     with _run.claim_folder(out, stage="score", recipe=recipe, same=same) as folder:
         path = folder / ROWS

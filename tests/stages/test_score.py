@@ -173,6 +173,15 @@ def test_another_run_in_the_folder_is_refused(pictures, tmp_path):
         run(pictures, pictures)
 
 
+def test_another_picture_under_the_same_name_is_not_given_the_old_score(pictures, tmp_path):
+    """As when a folder is drawn again with a retrained adapter: all rows are as they were."""
+    run(pictures, tmp_path / "out")
+    Image.new("RGB", (64, 64)).save(pictures / "images" / "p0.png")
+    with pytest.raises(UserError, match="another recipe \\(pictures was"):
+        run(pictures, tmp_path / "out")
+    assert run(pictures, tmp_path / "new")[0]["scores"]["scene"]["value"] < 1
+
+
 def test_a_limit_scores_the_first(pictures, tmp_path):
     assert [row["id"] for row in run(pictures, tmp_path / "out", limit=2)] == ["p0-s0", "p1-s0"]
 
