@@ -15,7 +15,11 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +42,19 @@ from diffalign.training.setup import accelerator_for
 from diffalign.training.specs import OptimizerSpec, Settings
 from diffalign.training.watch import Watch
 
+MAX_STEP_OVER_BARE = 1.10
+MAX_LOADING = 1.2
+"""Peak of loading over the bytes of the network, at full size (a small network drowns in the rest)."""
 
-def main() -> None:
-    """Prints the figures as JSON."""
+
+def main() -> int:
+    """Prints the figures as JSON; exit code 1 when a bar is missed."""
     arguments = parse()
     if arguments.full_size:
-        import full_size
-
-        full_size.write(Path(arguments.full_size), whole_encoders=False)
+        in_child(write_full_size, arguments.full_size)
     path = arguments.full_size or str(embedded("tiny-sdxl"))
+    loaded = in_child(loading, path, arguments.dtype)
     accelerator = accelerator_for(arguments.dtype)
-    before = peak_gb()
     model = SDXL(path=path, dtype=arguments.dtype, gradient_checkpointing=arguments.checkpointing).load(
         str(accelerator.device)
     )
@@ -56,23 +62,48 @@ def main() -> None:
     encoded = random_set(model, size, count=4 * arguments.batch)
     on_the_fly = encoding_seconds(model, size, 2 * arguments.batch)
     model.drop_encoders()
-    network = model.denoiser.network
-    network_gb = sum(p.numel() * p.element_size() for p in network.parameters()) / 1e9
-    loading = {"network_gb": network_gb, "peak_gb_before": before, "peak_gb_after_loading": peak_gb()}
     model.start_training(AdapterSpec(rank=arguments.rank), seed=0, with_reference=True)
-    run = make_run(model, encoded, arguments, accelerator)
-    figures = compare(run, arguments.steps)
+    figures = compare(make_run(model, encoded, arguments, accelerator), arguments.steps)
+    bars = {f"step <= {MAX_STEP_OVER_BARE} x bare network": figures["step_over_bare"] <= MAX_STEP_OVER_BARE}
+    if arguments.full_size:
+        bars[f"loading <= {MAX_LOADING} x network"] = loaded["peak_over_network"] <= MAX_LOADING
     figures |= {
         "encoding_on_the_fly_s": on_the_fly,
         "on_the_fly_over_step": (figures["step_s"] + on_the_fly) / figures["step_s"],
         "peak_gb": peak_gb(),
-        **loading,
+        "loading": loaded,
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
         "settings": vars(arguments),
         "versions": versions(),
+        "bars": bars,
     }
     print(json.dumps(figures, indent=2))
+    return 0 if all(bars.values()) else 1
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a process of its own, whose peak of memory is its own too."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def write_full_size(folder: str) -> None:
+    """SDXL at true size with random weights, but for shortened text encoders."""
+    import full_size
+
+    full_size.write(Path(folder), whole_encoders=False)
+
+
+def loading(path: str, dtype: str) -> dict[str, float]:
+    """GB of the network and of the peak while it loads, over what the process held before."""
+    model = SDXL(path=path, dtype=dtype).load("cpu")
+    model.encode_prompts(["a red ring"])  # imports all that loading needs
+    model.drop_encoders()
+    before = peak_gb()
+    network_gb = sum(p.numel() * p.element_size() for p in model.denoiser.network.parameters()) / 1e9
+    peak = peak_gb() - before
+    return {"network_gb": network_gb, "peak_gb": peak, "peak_over_network": peak / network_gb}
 
 
 def parse() -> argparse.Namespace:
@@ -182,7 +213,7 @@ def bare_network(run: loop.Run, batch: Batch, draws: Draws) -> float:
     return seconds
 
 
-def timed(function: Any) -> float:
+def timed(function: Callable[[], Any]) -> float:
     """Seconds of one call."""
     started = time.perf_counter()
     function()
@@ -203,4 +234,4 @@ def peak_gb() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
