@@ -14,7 +14,7 @@ from typing import Any
 from diffalign.common.errors import UserError, unknown
 from diffalign.data.records import read_lines
 
-__all__ = ["COLUMNS", "Prompt", "load_prompts"]
+__all__ = ["COLUMNS", "Prompt", "load_prompts", "prompt_file"]
 
 COLUMNS = ("prompt", "caption", "text")
 """Column names that mean the prompt when no column is named (whatever their case)."""
@@ -65,7 +65,7 @@ def load_prompts(
         if not prompts:
             raise UserError("the list of prompts is empty: give at least one prompt")
     else:
-        path = _file(source)
+        path = prompt_file(source)
         prompts = [_literal(source, 0)] if path is None else _from_file(path, column)
     return prompts[:limit]
 
@@ -76,8 +76,12 @@ def _literal(text: object, index: int) -> Prompt:
     return Prompt(f"prompt-{index:05d}", text)
 
 
-def _file(source: str) -> Path | None:
-    """Returns the file that `source` names, or None when it is a literal prompt."""
+def prompt_file(source: str) -> Path | None:
+    """Returns the file that `source` names, or None when it is a literal prompt.
+
+    Raises:
+        UserError: it can only mean a file, and there is none.
+    """
     path = Path(source)
     try:
         if path.is_file():

@@ -108,7 +108,7 @@ def generate(
     """
     from diffalign.common import manifest
     from diffalign.common.progress import say
-    from diffalign.data.prompts import load_prompts
+    from diffalign.data.prompts import load_prompts, prompt_file
     from diffalign.stages import _run
 
     recipe = resolved_recipe(generate, locals())
@@ -130,9 +130,13 @@ def generate(
         **settings,
     }
     jobs = [Job(prompt, seed, f"{PICTURES}/{prompt.id}-s{seed}.png") for prompt in asked for seed in seeds]
-    inputs = {"model": spec.path, **{f"adapter {name}": use.path for name, use in uses.items()}}
-    if isinstance(prompts, str):
-        inputs["prompts"] = prompts
+    inputs: dict[str, Path | str] = {
+        "model": spec.path,
+        **{f"adapter {name}": use.path for name, use in uses.items()},
+    }
+    file = prompt_file(prompts) if isinstance(prompts, str) else None
+    if file is not None:  # a literal prompt stands in the recipe
+        inputs["prompts"] = file
     with _run.claim_folder(out, stage="generate", recipe=recipe, same=same) as folder:
         found = _draw(loaded, jobs, folder, settings, {"model": _model_label(spec.path, uses)}, batch_size)
         if found == len(jobs) and manifest.read_manifest(folder) is not None:

@@ -197,6 +197,16 @@ def test_bad_input_leaves_no_folder(model, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_literal_prompt_may_be_long_or_called_like_a_folder(model, tmp_path, monkeypatch):
+    """Its text is no path: it is not looked for on the disk."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for index, text in enumerate(("a very long prompt " * 30, "runs")):
+        generate(model=model, prompts=text, out=str(tmp_path / f"out{index}"), **FAST)
+        found = read_manifest(tmp_path / f"out{index}")
+        assert set(found["inputs"]) == {"model"} and found["recipe"]["prompts"] == text
+
+
 def test_a_foreign_folder_or_file_is_refused(model, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
