@@ -68,11 +68,11 @@ class Parts:
         nested = Path(own) / OWN_FOLDER_PARTS[name]
         return own, OWN_FOLDER_PARTS[name] if nested.is_dir() else None
 
-    def config(self, name: str) -> dict[str, Any]:
-        """The part's configuration, read without loading its weights."""
+    def config(self, name: str, path: str | None = None) -> dict[str, Any]:
+        """The part's configuration (`path`: of what `load_as` loads), read without loading its weights."""
         import diffusers
 
-        path, subfolder = self.source(name)
+        path, subfolder = self.source(name) if path is None else (path, name)
         cls = getattr(diffusers, self.index[name][1], None)
         if cls is None:
             raise UserError(

@@ -41,7 +41,8 @@ class UNetModel:
         self.latent_scale: int = 2 ** (len(vae["block_out_channels"]) - 1)
         self.size_multiple: int = self.latent_scale * 2 ** (len(unet["block_out_channels"]) - 1)
         self.default_resolution: int = _largest_side(unet["sample_size"]) * self.latent_scale
-        self.check_family(unet)
+        self._text_width: Any = unet["cross_attention_dim"]
+        self._check_unet(unet, self.parts.source("unet")[0])
         self._denoiser: Denoiser | None = None
         self._adapter_weights: dict[str, float] = {}
         self._adapts_encoders = False
@@ -51,13 +52,22 @@ class UNetModel:
         """The UNet's native prediction for `x_t` `[B, c, h, w]` at `t_B` `[B]`."""
         raise NotImplementedError
 
-    def check_family(self, unet_config: dict[str, Any]) -> None:
-        """Refuses a UNet of another family."""
+    def check_family(self, unet_config: dict[str, Any], path: str) -> None:
+        """Refuses a UNet of another family, which comes from `path`."""
 
-    @property
-    def unet_path(self) -> str:
-        """Where the UNet comes from, for messages."""
-        return self.parts.source("unet")[0]
+    def _check_unet(self, unet_config: dict[str, Any], path: str) -> None:
+        self.check_family(unet_config, path)
+        channels, width = unet_config["in_channels"], unet_config["cross_attention_dim"]
+        if channels != self.latent_channels:
+            raise UserError(
+                f"the UNet of {path} takes {channels} channels, its VAE gives {self.latent_channels}: "
+                "inpainting and depth bases cannot be aligned here, use a text-to-image base"
+            )
+        if width != self._text_width:
+            raise UserError(
+                f"the UNet of {path} takes text embeddings of width {width}, the base's are of width "
+                f"{self._text_width}: use the base that it was trained from"
+            )
 
     @property
     def network(self) -> Any:
@@ -73,21 +83,21 @@ class UNetModel:
     def denoiser(self) -> Denoiser:
         """The network behind the boundary; the base is the reference until training is set up."""
         if self._denoiser is None:
-            self._prepare_network()
+            self._prepare_network(self.network)
             self._denoiser = Denoiser(self.network, self.process, type(self).call, {REFERENCE: Adapters()})
         return self._denoiser
 
-    def _prepare_network(self) -> None:
+    def _prepare_network(self, network: Any) -> None:
         if self.spec.attention == "xformers":
             try:
-                self.network.enable_xformers_memory_efficient_attention()
+                network.enable_xformers_memory_efficient_attention()
             except (ImportError, ModuleNotFoundError, ValueError) as error:
                 raise UserError(
                     f"model.attention=xformers: {str(error).splitlines()[0]}; install diffalign[xformers] on "
                     "a GPU machine, or use model.attention=sdpa"
                 ) from error
         if self.spec.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing()
 
     # Encoding
 
@@ -272,12 +282,18 @@ class UNetModel:
             self.network.save_pretrained(f"{folder}/unet")
 
     def load_policy(self, path: str) -> None:
-        """Makes what a run saved at `path` (LoRA or full UNet) the policy "train", the base its reference."""
-        denoiser = self.denoiser
+        """Makes what a run saved at `path` (LoRA or full UNet) the policy "train", the base its reference.
+
+        Raises:
+            UserError: nothing usable there, or it is for another base.
+        """
         if (Path(path) / "unet").is_dir():
-            denoiser.policies[REFERENCE] = FrozenCopy(self.network)
-            denoiser.network = self.parts.load_as("unet", path)
+            self._check_unet(self.parts.config("unet", path), path)
+            self.denoiser.policies[REFERENCE] = FrozenCopy(self.network)
+            self.denoiser.network = self.parts.load_as("unet", path)
+            self._prepare_network(self.denoiser.network)
             return
+        denoiser = self.denoiser
         _adapters.add_from_file(self.network, self.pipeline_class, path, dropout=0.0)
         denoiser.policies[REFERENCE] = Adapters()
         self.network.requires_grad_(False)

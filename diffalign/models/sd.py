@@ -49,16 +49,10 @@ class StableDiffusion(UNetModel):
         )[0]
         return output
 
-    def check_family(self, unet_config: dict[str, Any]) -> None:
-        """Refuses UNets with SDXL's extra conditioning and inpainting UNets."""
+    def check_family(self, unet_config: dict[str, Any], path: str) -> None:
+        """Refuses UNets with SDXL's extra conditioning."""
         if unet_config.get("addition_embed_type") is not None:
-            raise UserError(f"the UNet of {self.unet_path} takes size conditioning: use model=sdxl")
-        if unet_config.get("in_channels") != self.latent_channels:
-            raise UserError(
-                f"the UNet of {self.unet_path} takes {unet_config.get('in_channels')} channels, its VAE "
-                f"gives {self.latent_channels}: inpainting and depth bases cannot be aligned here, use a "
-                "text-to-image base"
-            )
+            raise UserError(f"the UNet of {path} takes size conditioning: use model=sdxl")
 
     def _pipeline_options(self) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -53,12 +53,10 @@ class SDXL(UNetModel):
         )[0]
         return output
 
-    def check_family(self, unet_config: dict[str, Any]) -> None:
+    def check_family(self, unet_config: dict[str, Any], path: str) -> None:
         """Refuses UNets without SDXL's pooled-text and size conditioning, and the refiner."""
         if unet_config.get("addition_embed_type") != "text_time":
-            raise UserError(
-                f"the UNet of {self.unet_path} takes no size conditioning, so it is not SDXL: use model=sd"
-            )
+            raise UserError(f"the UNet of {path} takes no size conditioning, so it is not SDXL: use model=sd")
         if self.parts.index.get("requires_aesthetics_score"):
             raise UserError(
                 f"{self.spec.path} is an SDXL refiner, which is conditioned otherwise: use the base"

@@ -92,10 +92,12 @@ def test_inpainting_and_refiner_bases(copied: Path, tiny_sd: str, tmp_path: Path
     edit_json(copied / "model_index.json", requires_aesthetics_score=True)
     with pytest.raises(UserError, match="is an SDXL refiner"):
         use("sdxl", str(copied))
-    inpainting = Path(shutil.copytree(tiny_sd, tmp_path / "inpainting"))
-    edit_json(inpainting / "unet" / "config.json", in_channels=9)
-    with pytest.raises(UserError, match="takes 9 channels, its VAE gives 4: inpainting and depth bases"):
-        use("sd", str(inpainting))
+    edit_json(copied / "model_index.json", requires_aesthetics_score="gone")
+    inpainting = {"sd": Path(shutil.copytree(tiny_sd, tmp_path / "inpainting")), "sdxl": copied}
+    for name, folder in inpainting.items():
+        edit_json(folder / "unet" / "config.json", in_channels=9)
+        with pytest.raises(UserError, match="takes 9 channels, its VAE gives 4: inpainting and depth bases"):
+            use(name, str(folder))
 
 
 def test_a_process_that_is_not_supported(copied: Path) -> None:

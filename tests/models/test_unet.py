@@ -1,12 +1,16 @@
-"""What SD and SDXL share: pictures that are not finite are refused, the VAE keeps its own precision."""
+"""What SD and SDXL share: what is not finite or does not fit is refused, the VAE keeps its own precision."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from diffalign.common.errors import UserError
 from diffalign.models import load_model
 from diffalign.models._base import NonFinitePicture
 
@@ -45,3 +49,24 @@ def test_the_vae_keeps_its_precision_under_autocast(model: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.decode(mean), decoded)
         assert all(map(torch.equal, model.encode_images(images), (mean, std)))
+
+
+def test_a_full_unet_of_another_base_is_no_policy(
+    model: Any, tiny_sd: str, tiny_sdxl: str, tmp_path: Path
+) -> None:
+    """Said before its weights are loaded, let alone data encoded."""
+    with pytest.raises(UserError, match=f"the UNet of {tiny_sdxl} takes size conditioning: use model=sdxl"):
+        model.load_policy(tiny_sdxl)
+    with pytest.raises(UserError, match=f"the UNet of {tiny_sd} takes no size conditioning"):
+        load_model("sdxl", tiny_sdxl).load_policy(tiny_sd)
+    path = Path(shutil.copytree(f"{tiny_sd}/unet", tmp_path / "unet")) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 1024}))
+    with pytest.raises(UserError, match="takes text embeddings of width 1024, the base's are of width"):
+        model.load_policy(str(tmp_path))
+    assert model.network is model.denoiser.network
+
+
+def test_a_full_unet_as_policy_is_set_up_as_the_base_is(tiny_sd: str) -> None:
+    model: Any = load_model("sd", tiny_sd, gradient_checkpointing=True)
+    model.load_policy(tiny_sd)
+    assert model.denoiser.network is not model.network and model.denoiser.network.is_gradient_checkpointing
