@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from diffalign.common import files
 from diffalign.common.errors import UserError
@@ -43,6 +43,16 @@ __all__ = [
 ]
 
 EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright (CIPA DC-008, "Orientation")."""
 LABEL_TOLERANCE = 1e-6
 
 
@@ -115,28 +125,17 @@ class ImageRef:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
-                picture = _to_rgb(ImageOps.exif_transpose(image))
+                picture = _to_rgb(_upright(image))
         except UnidentifiedImageError as error:
             raise BadImage(self.name, "corrupt_image", "is no picture in a known format") from error
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            # PIL reports broken files through all of these, depending on the format.
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL reports broken files through many classes, depending on the format
             raise BadImage(self.name, "corrupt_image", f"cannot be decoded ({_one_line(error)})") from error
         if min(picture.size) < min_side:
             width, height = picture.size
             raise BadImage(self.name, "tiny_image", f"is {width}x{height} pixels, below {min_side}")
         return picture
-
-    def size(self) -> tuple[int, int]:
-        """Returns (width, height) of the upright picture from its header. Raises BadImage like `open`."""
-        try:
-            with Image.open(io.BytesIO(self.read())) as image:
-                width, height = image.size
-                turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-        except UnidentifiedImageError as error:
-            raise BadImage(self.name, "corrupt_image", "is no picture in a known format") from error
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise BadImage(self.name, "corrupt_image", f"has a broken header ({_one_line(error)})") from error
-        return (height, width) if turned else (width, height)
 
     def digest(self) -> bytes:
         """Returns 16 bytes that identify the encoded bytes (blake2b). Raises BadImage when there are none."""
@@ -339,6 +338,17 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             except ValueError as error:  # broken JSON or broken UTF-8
                 raise UserError(f"{path}:{number} is not JSON ({_one_line(error)})") from error
             yield f"{path.name}:{number}", row
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Returns the picture turned as its EXIF says; a block that cannot be read says nothing."""
+    try:
+        turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # struct.error, TypeError and more: the pixels are whole all the same
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
