@@ -14,11 +14,13 @@ Examples:
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from diffalign.common.config import One, make_one, resolved_recipe
 from diffalign.common.errors import UserError
+from diffalign.common.plugins import plugin_name
 from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
@@ -79,25 +81,12 @@ def train(
         seed: of every draw.
     """
     recipe = resolved_recipe(train, locals())
-    settings = Settings(
-        adapter=adapter,
-        preprocess=preprocess,
-        loader=loader,
-        timesteps=timesteps,
-        optimizer=optimizer,
-        validation=validation,
-        samples=samples,
-        checkpoint=checkpoint,
-        num_steps=num_steps,
-        accumulation=accumulation,
-        precision=precision,
-        log_every=log_every,
-        limit=limit,
-        seed=seed,
-    )
+    given = locals()
+    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
     model = make_one("models", model)
     data = make_one("data.sources", data)
     objective = make_one("objectives", objective)
+    _check_validation(objective, validation)
     finished = _folder.finished(Path(out), recipe)
     return finished or _train(model, data, objective, settings, recipe, Path(out))
 
@@ -136,6 +125,14 @@ def _train(
             extra={"identity": identity, "base": base, "summary": summary},
         )
     return summary
+
+
+def _check_validation(objective: Objective, validation: ValidationSpec) -> None:
+    if validation.share > 0.0 and objective.unit != "pair":
+        raise UserError(
+            f"validation.share={validation.share:g} needs pairs, objective={plugin_name(objective)} trains "
+            f"on {objective.unit} images: set validation.share=0"
+        )
 
 
 def _prepare(
@@ -184,10 +181,6 @@ def _split(
         return encoded, None
     from diffalign.data.loader import split_by_prompt
 
-    if encoded.examples[0].target is None:
-        raise UserError(
-            "validation.share needs pairs: this objective trains on single images, set validation.share=0"
-        )
     train_set, heldout = split_by_prompt(encoded, validation.share, seed=seed)
     heldout = heldout.subset(range(min(len(heldout), validation.limit or len(heldout))))
     if all(example.target == 0.5 for example in heldout.examples):

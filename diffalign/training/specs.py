@@ -122,23 +122,8 @@ class CheckpointSpec:
 
 @dataclass
 class Settings:
-    """All of a run but its components (model, data, objective) and its folder.
-
-    Args:
-        adapter: what is trained.
-        preprocess: how pictures are fitted to the network.
-        loader: how examples are drawn.
-        timesteps: distribution of the training timesteps.
-        optimizer: AdamW and its learning rate.
-        validation: held-out accuracy while training.
-        samples: pictures while training.
-        checkpoint: how often the run is kept.
-        num_steps: optimizer steps.
-        accumulation: micro-batches of `loader.batch_size` groups in one optimizer step.
-        precision: of the forward and backward pass; errors and losses are float32 in any case.
-        log_every: optimizer steps between two lines of metrics.
-        limit: use so many pairs only.
-        seed: of every draw.
+    """All of a run but its components (model, data, objective) and its folder; the keys of `diffalign train`,
+    where each is explained.
     """
 
     adapter: AdapterSpec = field(default_factory=AdapterSpec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from safetensors.torch import load_file
 
 from diffalign import cli
 from diffalign.common import files
+from diffalign.stages.train import train
+from diffalign.training.specs import Settings
 from tests.pickapic_files import jpeg, row, write
 
 LIGHT, DARK = jpeg(200, (32, 32)), jpeg(40, (32, 32))
@@ -178,6 +182,10 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
         ("num_steps=0", "num_steps=0: use 1 or more"),
         ("precision=fp16", "precision=fp16 needs a GPU"),
         ("precision=fp61", "expected one of fp32, bf16, fp16, found 'fp61'"),
+        (
+            "objective=sft validation.share=0.5",
+            "validation.share=0.5 needs pairs, objective=sft trains on single",
+        ),
         ("validation.share=0.0001", "leaves 6 training and 0 held-out examples"),
         ("data.max_bad_share=0.05", "max_bad_share=0.05"),
         ("model.vae=/nowhere", "model.vae /nowhere does not exist"),
@@ -188,7 +196,7 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     word: str, message: str, tiny_sdxl: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, words(tiny_sdxl, pairs, tmp_path / "out", word))
+    assert message in refused(capsys, words(tiny_sdxl, pairs, tmp_path / "out", *word.split()))
     assert not (tmp_path / "out").exists()
 
 
@@ -249,3 +257,12 @@ def test_a_signal_saves_and_leaves(
         assert step == files.read_jsonl(out / "metrics.jsonl")[-1]["step"] > 0
         other = refused(capsys, words(tiny_sdxl, pairs, out, *more[:3], f"num_steps={step + 1}"))
         assert f"num_steps={step + 1} (there: 100000)" in other
+
+
+def test_settings_are_the_keys_of_train() -> None:
+    """Same names and defaults: the command line and a run set up in Python mean the same."""
+    signature = inspect.signature(train).parameters
+    components = {"model", "data", "objective", "out"}
+    assert {field.name for field in fields(Settings)} == set(signature) - components
+    plain = Settings()
+    assert all(getattr(plain, name) == signature[name].default for name in set(signature) - components)
