@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffalign.common import _schema, _values, plugins
 from diffalign.common._choices import Choice, Source, Word, expand, label_of, parse_word, read_file
 from diffalign.common._schema import Key, Many, One, Section
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError, brief, unknown
 
 __all__ = ["Many", "One", "Recipe", "help_rows", "load_recipe", "make_many", "make_one", "resolved_recipe"]
 
@@ -80,7 +80,7 @@ def load_recipe(
         _refuse_missing(tree, root)
         plain = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(f"{config_file or verb}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{config_file or verb}: {brief(error)}") from error
     arguments = {name: _build(key, plain[name]) for name, key in root.keys.items()}
     return Recipe(verb, arguments, resolved_recipe(function, arguments))
 

@@ -31,6 +31,12 @@ class Interrupted(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
+def brief(error: BaseException) -> str:
+    """Returns what a library's error says as one line of bearable length; its class where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that `name` is most likely a misspelling of, or None."""
     matches = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)

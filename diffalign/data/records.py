@@ -29,7 +29,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from diffalign.common import files
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, brief
 
 __all__ = [
     "BadImage",
@@ -131,7 +131,7 @@ class ImageRef:
         except MemoryError:
             raise
         except Exception as error:  # PIL reports broken files through many classes, depending on the format
-            raise BadImage(self.name, "corrupt_image", f"cannot be decoded ({_one_line(error)})") from error
+            raise BadImage(self.name, "corrupt_image", f"cannot be decoded ({brief(error)})") from error
         if min(picture.size) < min_side:
             width, height = picture.size
             raise BadImage(self.name, "tiny_image", f"is {width}x{height} pixels, below {min_side}")
@@ -336,7 +336,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:  # broken JSON or broken UTF-8
-                raise UserError(f"{path}:{number} is not JSON ({_one_line(error)})") from error
+                raise UserError(f"{path}:{number} is not JSON ({brief(error)})") from error
             yield f"{path.name}:{number}", row
 
 
@@ -361,10 +361,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.common import files, manifest
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, brief
 
 RECIPE = "recipe.json"
 
@@ -27,7 +27,7 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device} cannot be used here ({str(error).splitlines()[0]})") from error
+        raise UserError(f"device={device} cannot be used here ({brief(error)})") from error
     return device
 
 

@@ -1,6 +1,6 @@
 """Errors for people are one line and name the nearest match."""
 
-from diffalign.common.errors import Interrupted, UserError, nearest, unknown
+from diffalign.common.errors import Interrupted, UserError, brief, nearest, unknown
 
 
 def test_user_error_is_one_line() -> None:
@@ -22,3 +22,9 @@ def test_nearest_is_none_when_nothing_is_close() -> None:
 def test_interrupted_passes_through_except_exception() -> None:
     assert issubclass(Interrupted, KeyboardInterrupt) and not issubclass(Interrupted, Exception)
     assert Interrupted(15).signal_number == 15
+
+
+def test_a_long_error_becomes_one_bearable_line() -> None:
+    assert brief(ValueError("one\n  two\n")) == "one two"
+    assert brief(KeyError()) == "KeyError"
+    assert brief(ValueError("x" * 301)) == "x" * 297 + "..."

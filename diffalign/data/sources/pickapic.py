@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError, brief, unknown
 from diffalign.data.records import Candidate, ImageRef, Record
 from diffalign.data.sources._base import Source
 
@@ -200,7 +200,7 @@ def _file_rows(
                         yield index, row
                         index += 1
     except (ArrowException, OSError) as error:
-        reason = _first_line(error)
+        reason = brief(error)
         raise UserError(f"{path} cannot be read from row {index} on ({reason}): download it again") from error
 
 
@@ -216,7 +216,7 @@ def _open(path: Path) -> pyarrow.parquet.ParquetFile:
     try:
         return ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False)
     except (ArrowException, OSError) as error:
-        reason = _first_line(error)
+        reason = brief(error)
         raise UserError(
             f"{path} is no readable parquet file ({reason}); is its download complete?"
         ) from error
@@ -266,7 +266,7 @@ def _hub_rows(path: str, split: str, revision: str | None) -> Iterator[dict[str,
         names = list(features) or list(next(iter(stream)))
     except Exception as error:
         # Offline, unknown name, gated, unknown split: a dozen classes from four libraries.
-        reason = _first_line(error)
+        reason = brief(error)
         raise UserError(
             f"data.path={path} is neither a file or folder here nor a hub data set that opens ({reason})"
         ) from error
@@ -282,9 +282,7 @@ def _hub_rows(path: str, split: str, revision: str | None) -> Iterator[dict[str,
             yield row
             index += 1
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"the stream of {path} broke at row {index} ({_first_line(error)}): run again"
-        ) from error
+        raise UserError(f"the stream of {path} broke at row {index} ({brief(error)}): run again") from error
 
 
 def _hub_commit(path: str, revision: str | None) -> str | None:
@@ -307,8 +305,3 @@ def _split_of(path: Path) -> str | None:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
