@@ -111,23 +111,26 @@ class Parts:
 
     def _load(self, name: str, path: str, subfolder: str | None) -> Any:
         library, class_name = self.index[name]
-        cls = getattr(importlib.import_module(library), class_name)
-        options: dict[str, Any] = (
-            {"subfolder": subfolder or ""} if library == "transformers" else {"subfolder": subfolder}
-        )
+        try:
+            cls = getattr(importlib.import_module(library), class_name)
+            part = cls.from_pretrained(path, **self._options(name, cls, path, subfolder))
+        except Exception as error:  # a torn file, an unknown class, no network: libraries agree on no type
+            where = path if subfolder is None else f"{path} ({name})"
+            raise UserError(f"cannot load {where}: {first_line(error)}") from error
+        return part.to(self.device).eval().requires_grad_(False) if hasattr(cls, "parameters") else part
+
+    def _options(self, name: str, cls: Any, path: str, subfolder: str | None) -> dict[str, Any]:
+        """What `from_pretrained` is told."""
+        is_diffusers = self.index[name][0] == "diffusers"
+        options: dict[str, Any] = {"subfolder": subfolder if is_diffusers else subfolder or ""}
         if path == self.spec.path:
             options["revision"] = self.spec.revision
         if hasattr(cls, "parameters"):
             dtype = torch_dtype(self.spec.vae_dtype if name == "vae" else self.spec.dtype)
-            options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
+            options["torch_dtype" if is_diffusers else "dtype"] = dtype
             if path == self.spec.path and self.spec.variant is not None:
                 options["variant"] = self.spec.variant
-        try:
-            part = cls.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError) as error:
-            where = path if subfolder is None else f"{path} ({name})"
-            raise UserError(f"cannot load {where}: {first_line(error)}") from error
-        return part.to(self.device).eval().requires_grad_(False) if hasattr(cls, "parameters") else part
+        return options
 
 
 def _looks_local(path: str) -> bool:

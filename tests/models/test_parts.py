@@ -75,10 +75,25 @@ def test_a_base_without_the_weights_of_a_part(copied: Path) -> None:
         use("sdxl", str(copied))
 
 
-def test_a_torn_weight_file(copied: Path) -> None:
-    path = copied / "vae" / "diffusion_pytorch_model.safetensors"
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
+def test_a_torn_weight_file(part: str, copied: Path) -> None:
+    (path,) = (copied / part).glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"cannot load .*copy \(vae\)"):
+    with pytest.raises(UserError, match=rf"cannot load .*copy \({part}\)"):
+        use("sdxl", str(copied))
+
+
+@pytest.mark.parametrize(
+    ("part", "entry"),
+    [
+        ("text_encoder", ["transformers", "CLIPTextMoodel"]),
+        ("text_encoder_2", ["transformres", "CLIPTextModel"]),
+        ("scheduler", ["diffusers", "NoScheduler"]),
+    ],
+)
+def test_a_part_of_a_class_that_nobody_has(part: str, entry: list[str], copied: Path) -> None:
+    edit_json(copied / "model_index.json", **{part: entry})
+    with pytest.raises(UserError, match=rf"cannot load .*copy \({part}\): .*({'|'.join(entry)})"):
         use("sdxl", str(copied))
 
 

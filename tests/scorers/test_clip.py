@@ -221,6 +221,10 @@ def test_what_is_no_clip_model_is_named(tmp_path, folders):
     config["model_cfg"]["embed_dim"] = 25
     (wrong / "open_clip_config.json").write_text(json.dumps(config))
     assert "do not load" in error(wrong)
+    for torn in (write_open_clip(tmp_path / "torn"), write_transformers(folders["plain"], tmp_path / "cut")):
+        (weights,) = torn.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:1000])
+        assert "do not load" in error(torn)
 
 
 def test_a_hub_repository_is_downloaded_in_one_layout():
