@@ -32,7 +32,7 @@ class Finding:
     """What one row holds: cheap to keep, unlike its pictures.
 
     Attributes:
-        verdict: decided, tie, unlabelled, bad_label or not_a_pair.
+        verdict: decided, tie, unlabelled, bad_label, not_a_pair or bad_text (the row could not be read).
         target: P(first preferred) of a decided pair or tie.
         digests: identity of each picture's bytes (None: no bytes).
         sizes: (width, height) of each picture that decodes.
@@ -98,7 +98,7 @@ class Census:
         labelled = finding.verdict == "decided" or (finding.verdict == "tie" and ties == "soft")
         self.labelled += labelled
         self.usable += labelled and not finding.problems
-        reasons = [finding.verdict] if finding.verdict in ("unlabelled", "bad_label", "not_a_pair") else []
+        reasons = [] if finding.verdict in ("decided", "tie") else [finding.verdict]
         for reason in (*reasons, *finding.problems):
             self.problems.setdefault(reason, []).append(finding.id)
         self._add_caption(finding)
@@ -138,7 +138,8 @@ class Census:
     @property
     def bad_share(self) -> float:
         """The share that training compares with `max_bad_share` (`Tally.bad_share`), in [0, 1]."""
-        broken = self.verdicts["not_a_pair"] + self.verdicts["bad_label"] + self.labelled - self.usable
+        unread = sum(self.verdicts[reason] for reason in ("bad_text", "not_a_pair", "bad_label"))
+        broken = unread + self.labelled - self.usable
         return broken / (broken + self.usable) if broken else 0.0
 
     def report(self, **head: Any) -> dict[str, Any]:
@@ -182,6 +183,8 @@ def findings(records: Iterable[Record]) -> Iterator[Finding]:
 
 
 def _verdict(record: Record) -> tuple[str, float | None]:
+    if record.problem is not None:
+        return record.problem, None
     if len(record.candidates) != 2:
         return "not_a_pair", None
     try:

@@ -231,7 +231,10 @@ class Candidate:
 
 @dataclass
 class Record:
-    """One prompt with its candidates; `id` names the row it came from, `source` the format."""
+    """One prompt with its candidates; `id` names the row it came from, `source` the format.
+
+    `problem` is the drop reason of a row that a source could not read; it is never written to a file.
+    """
 
     id: str
     prompt: str
@@ -241,6 +244,7 @@ class Record:
     user: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
 
     def to_dict(self, folder: Path) -> dict[str, Any]:
         """Returns the JSON form for a file in `folder` (picture paths relative to it)."""

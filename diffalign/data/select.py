@@ -31,7 +31,7 @@ MIN_SIDE = 8
 
 TIES = ("drop", "soft")
 
-BAD_REASONS = ("not_a_pair", "bad_label", "missing_image", "corrupt_image", "tiny_image")
+BAD_REASONS = ("bad_text", "not_a_pair", "bad_label", "missing_image", "corrupt_image", "tiny_image")
 """Drop reasons that speak against the data; `tie` and `unlabelled` are normal."""
 
 NAMED_IN_MESSAGES = 3
@@ -157,6 +157,9 @@ class UsablePairs:
 
     def _usable(self, record: Record) -> Pair | None:
         """Returns the pair, or None after counting why not. Labels come first: decoding costs time."""
+        if record.problem is not None:
+            self.tally.drop(record.problem, record.id)
+            return None
         if len(record.candidates) != 2:
             self.tally.drop("not_a_pair", record.id)
             return None

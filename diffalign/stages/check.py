@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from diffalign.common.config import One, make_one, resolved_recipe
 from diffalign.common.errors import UserError
+from diffalign.data.select import BAD_REASONS
 from diffalign.stages._run import claim_folder, earlier_run
 
 REPORT = "check.json"
@@ -86,7 +87,7 @@ def as_table(report: dict[str, Any]) -> str:
         ("usable pairs", f"{report['usable']:,} (ties={report['ties_policy']})"),
         ("", ""),
     ]
-    for reason in ("not_a_pair", "bad_label", "missing_image", "corrupt_image", "tiny_image"):
+    for reason in BAD_REASONS:
         names = report["problems"].get(reason, [])
         rows.append((reason.replace("_", " "), f"{len(names):,}{_ids(names)}"))
     for key in ("duplicates", "conflicting_duplicates"):

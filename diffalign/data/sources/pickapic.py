@@ -117,8 +117,12 @@ class Plugin(Source):
             name: _columns(_footer(path).schema.to_arrow_schema(), path) for name, path in shards.items()
         }
         for name, path in shards.items():
-            for index, row in _file_rows(path, columns[name], self.wanted_prompts()):
-                yield to_record(f"{name}:{index}", row)
+            for index, content in _file_rows(path, columns[name], self.wanted_prompts()):
+                where = f"{name}:{index}"
+                if content is None:
+                    yield Record(where, "", [], source="pickapic", problem="bad_text")
+                else:
+                    yield to_record(where, content)
 
     def _shards(self) -> dict[str, Path]:
         """Returns name -> path of the files to read: a file's name, or its path where names repeat."""
@@ -183,8 +187,8 @@ def to_record(name: str, row: Mapping[str, Any]) -> Record:
 
 def _file_rows(
     path: Path, columns: list[str], wanted: frozenset[str] | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number in the file, row) of one parquet file, a few rows at a time."""
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields (row number in the file, row) of one parquet file; None for a row whose text is not UTF-8."""
     from pyarrow import ArrowException
 
     index = 0
@@ -196,7 +200,7 @@ def _file_rows(
                     index += file.metadata.row_group(group).num_rows
                     continue
                 for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns):
-                    for row in batch.to_pylist():
+                    for row in _rows_of(batch):
                         yield index, row
                         index += 1
     except (ArrowException, OSError) as error:
@@ -204,9 +208,21 @@ def _file_rows(
         raise UserError(f"{path} cannot be read from row {index} on ({reason}): download it again") from error
 
 
+def _rows_of(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | None]:
+    """Returns the rows; one that holds text that is not UTF-8 (parquet does not check it) is None."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [row for index in range(batch.num_rows) for row in _rows_of(batch.slice(index, 1))]
+
+
 def _holds(file: pyarrow.parquet.ParquetFile, group: int, wanted: frozenset[str]) -> bool:
-    captions = file.read_row_group(group, columns=["caption"]).column("caption").to_pylist()
-    return any((caption or "").strip() in wanted for caption in captions)
+    rows = [
+        row for batch in file.iter_batches(row_groups=[group], columns=["caption"]) for row in _rows_of(batch)
+    ]
+    return any((row["caption"] or "").strip() in wanted for row in rows if row is not None)
 
 
 def _open(path: Path) -> pyarrow.parquet.ParquetFile:
@@ -281,8 +297,11 @@ def _hub_rows(path: str, split: str, revision: str | None) -> Iterator[dict[str,
         for row in stream:
             yield row
             index += 1
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the stream of {path} broke at row {index} ({brief(error)}): run again") from error
+    except Exception as error:  # a broken connection or row: classes of httpx, pyarrow, datasets, fsspec
+        raise UserError(
+            f"the stream of {path} broke at row {index} ({brief(error)}): run again, or download its parquet "
+            "files and give their folder"
+        ) from error
 
 
 def _hub_commit(path: str, revision: str | None) -> str | None:

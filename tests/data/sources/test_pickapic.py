@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffalign.common.errors import UserError
+from diffalign.data.census import Census, findings
 from diffalign.data.records import BadImage
 from diffalign.data.sources import pickapic
 from diffalign.data.sources.pickapic import Plugin
@@ -47,6 +48,47 @@ def test_a_null_caption_is_an_empty_prompt_and_optional_columns_may_be_absent(tm
     (record,) = Plugin(str(tmp_path / "t.parquet")).records()
     assert (record.prompt, record.user, record.meta, record.pair_target()) == ("", None, {}, 1.0)
     assert record.candidates[0].model is None
+
+
+def latin1(path: Path, caption: bytes, at: int = 1, rows: int = 3) -> Path:
+    """Writes rows of which one has a caption that is not UTF-8; parquet files exist that hold such."""
+    table = pa.Table.from_pylist([row(f"a cat {index}") for index in range(rows)], schema=SCHEMA)
+    captions = [f"a cat {index}".encode() for index in range(rows)]
+    captions[at] = caption
+    place = SCHEMA.get_field_index("caption")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        table.set_column(place, "caption", pa.array(captions, pa.binary()).view(pa.string())), path
+    )
+    return path
+
+
+def test_a_caption_that_is_not_utf8_is_dropped_and_named(tmp_path: Path) -> None:
+    path = latin1(tmp_path / "t.parquet", "ein grünes Haus".encode("latin-1"))
+    source = Plugin(str(path), max_bad_share=0.5)
+    assert [(record.id, record.prompt) for record in source.records()] == [
+        ("t.parquet:0", "a cat 0"), ("t.parquet:1", ""), ("t.parquet:2", "a cat 2"),
+    ]  # fmt: skip
+    pairs = source.usable_pairs()
+    assert [pair.record.id for pair in pairs] == ["t.parquet:0", "t.parquet:2"]
+    assert pairs.tally.dropped == {"bad_text": ["t.parquet:1"]} and pairs.tally.bad_share == 1 / 3
+    census = Census()
+    for finding in findings(source.records()):
+        census.add(finding, ties="drop")
+    assert census.problems == pairs.tally.dropped and census.bad_share == 1 / 3
+    (tmp_path / "p.txt").write_text("a cat 2\n")
+    assert ids(Plugin(str(path), prompts=str(tmp_path / "p.txt"))) == ["t.parquet:2"]
+
+
+def test_a_hub_stream_that_breaks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    latin1(tmp_path / "d" / "train-00000-of-00001.parquet", b"caf\xe9", at=20, rows=24)
+    with pytest.raises(
+        UserError, match=r"the stream of .* broke at row 20 \(.*utf-8.*\): run again, or download"
+    ) as caught:
+        list(pickapic._hub_rows(str(tmp_path / "d"), "train", None))
+    assert "\n" not in str(caught.value)
 
 
 def test_image_feature_columns_and_float32_labels(tmp_path: Path) -> None:
