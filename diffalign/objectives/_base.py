@@ -21,7 +21,8 @@ class Output:
     Args:
         loss: `[N]` float32, one number a group, not reduced.
         logs: detached `[N]` tensors for the health report, by name. Pairwise objectives give `t`, `err_w`,
-            `err_l`, `ref_err_w`, `ref_err_l` and `margin` (the logit).
+            `err_l`, `ref_err_w`, `ref_err_l`, `margin` (the logit) and `target` (the probability, 1/2 or
+            more, that w is preferred).
     """
 
     loss: Tensor

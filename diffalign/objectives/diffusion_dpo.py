@@ -96,12 +96,14 @@ def pair_logs(
     target: Tensor | None,
 ) -> dict[str, Tensor]:
     """Detached `[N]` entries of the health report, turned so that `w` is the preferred image of each pair."""
-    flipped = (target < 0.5) if target is not None else margin.new_zeros(len(margin), dtype=torch.bool)
+    p_first = torch.ones_like(margin) if target is None else target
+    flipped = p_first < 0.5
     sides = {
         "err_w": err_second.where(flipped, err_first),
         "err_l": err_first.where(flipped, err_second),
         "ref_err_w": ref_second.where(flipped, ref_first),
         "ref_err_l": ref_first.where(flipped, ref_second),
         "margin": (-margin).where(flipped, margin),
+        "target": (1.0 - p_first).where(flipped, p_first),
     }
     return {"t": first_and_second(t)[0], **{name: value.detach() for name, value in sides.items()}}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 NUM_BUCKETS = 4
 SATURATED_FACTOR = 0.01
-"""A pair whose gradient factor sigma(-margin) is below this no longer teaches (margin above 4.6)."""
+"""A decided pair whose gradient factor is below this no longer teaches (target 1: margin above 4.6)."""
 
 
 @dataclass
@@ -74,13 +74,16 @@ def _summary(rows: dict[str, Tensor]) -> dict[str, float]:
         if f"ref_{name}" in rows:
             means[f"{name}_vs_ref"] = _mean(rows[name] - rows[f"ref_{name}"])
     if "margin" in rows:
-        margin = rows["margin"]
-        factor = torch.sigmoid(-margin)
+        margin, target = rows["margin"], rows["target"]
+        factor = (target - torch.sigmoid(margin)).abs()  # of the cross-entropy's gradient by the margin
         means["margin"] = _mean(margin)
         means["margin_abs_max"] = float(margin.abs().max())
-        means["accuracy"] = _mean((margin > 0).double() + 0.5 * (margin == 0).double())
         means["gradient_factor"] = _mean(factor)
-        means["saturated"] = _mean((factor < SATURATED_FACTOR).double())
+        decided = target != 0.5
+        if bool(decided.any()):
+            right = (margin > 0).double() + 0.5 * (margin == 0).double()
+            means["accuracy"] = _mean(right[decided])
+            means["saturated"] = _mean((factor[decided] < SATURATED_FACTOR).double())
     return means
 
 

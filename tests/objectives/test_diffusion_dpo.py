@@ -123,4 +123,5 @@ def test_logs_name_the_preferred_image_w() -> None:
         "ref_err_w": [11, 15, 13],
         "ref_err_l": [14, 12, 16],
         "margin": pytest.approx([0.5, -0.6, 0.7]),
+        "target": pytest.approx([1.0, 0.9, 0.5]),
     }

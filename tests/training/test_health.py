@@ -15,10 +15,13 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values)
 
 
-def pairs(loss: Tensor, margin: Tensor, t: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+def pairs(
+    loss: Tensor, margin: Tensor, t: list[int], target: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     zeros = torch.zeros_like(loss)
     logs = {"err_w": zeros + 0.5, "err_l": zeros + 0.25, "ref_err_w": zeros + 0.375, "ref_err_l": zeros + 0.5}
-    return loss, {**logs, "margin": margin, "t": torch.tensor(t)}
+    target = torch.ones_like(margin) if target is None else target
+    return loss, {**logs, "margin": margin, "target": target, "t": torch.tensor(t)}
 
 
 def test_by_hand() -> None:
@@ -55,6 +58,28 @@ def test_by_hand() -> None:
     assert by_timestep["0-249"]["accuracy"] == 1.0 and by_timestep["0-249"]["saturated"] == 0.5
     assert by_timestep["250-499"]["margin"] == pytest.approx(-log3)
     assert by_timestep["750-999"]["loss"] == pytest.approx(0.4)
+
+
+def test_soft_targets_and_ties_by_hand() -> None:
+    """Targets 3/4 and 1/2, margins ln 3 and 0: both are where the loss wants them, sigma(ln 3) = 3/4.
+
+    Then margins 0 and ln 3: factors |3/4 - 1/2| and |1/2 - 3/4|. Accuracy and saturation speak of the decided
+    pair alone; where only ties were seen there is nothing to say.
+    """
+    log3, soft, zeros = math.log(3.0), column(0.75, 0.5), column(0.0, 0.0)
+    health = Health(1000)
+    health.add(*pairs(zeros, column(log3, 0.0), [10, 10], soft))
+    settled = health.report()
+    assert settled["gradient_factor"] == pytest.approx(0.0, abs=1e-7)
+    assert (settled["accuracy"], settled["saturated"]) == (1.0, 1.0)
+    health.add(*pairs(zeros, column(0.0, log3), [10, 990], soft))
+    moved = health.report()
+    assert moved["gradient_factor"] == pytest.approx(0.25)
+    assert (moved["accuracy"], moved["saturated"]) == (0.5, 0.0)
+    by_timestep = moved["by_timestep"]
+    assert isinstance(by_timestep, dict)
+    assert {"accuracy", "saturated"} < set(by_timestep["0-249"])
+    assert not {"accuracy", "saturated"} & set(by_timestep["750-999"])
 
 
 def test_a_report_empties_the_store() -> None:
