@@ -19,7 +19,7 @@ from diffalign.common.errors import UserError
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
-_FULL_HASH_LIMIT = 1_000_000_000
+FULL_HASH_LIMIT = 1_000_000_000
 _TAIL_BYTES = 64 * 1024
 _held_locks: set[int] = set()
 
@@ -156,12 +156,12 @@ def read_jsonl(path: str | Path, *, drop_torn_tail: bool = False) -> list[dict[s
     return rows
 
 
-def file_identity(path: str | Path) -> dict[str, Any]:
+def file_identity(path: str | Path, *, whole_up_to: int = FULL_HASH_LIMIT) -> dict[str, Any]:
     """Returns what identifies the content of a file or folder.
 
-    A file of at most 1 GB: `{size, sha256}`; a larger one: `{size, tail_sha256}` of its last 64 KiB (weights
-    and parquet files differ there or in size). A folder: `{files: {relative path: identity}}`, names with a
-    leading dot (locks, leftovers) left out.
+    A file of at most `whole_up_to` bytes: `{size, sha256}`; a larger one: `{size, tail_sha256}` of its last
+    64 KiB (weights and parquet files differ there or in size). A folder: `{files: {relative path:
+    identity}}`, names with a leading dot (locks, leftovers) left out.
 
     Raises:
         UserError: nothing is there.
@@ -171,14 +171,16 @@ def file_identity(path: str | Path) -> dict[str, Any]:
         inside = sorted(p for p in target.rglob("*") if p.is_file())
         relative = {p.relative_to(target): p for p in inside}
         visible = {r: p for r, p in relative.items() if not any(part.startswith(".") for part in r.parts)}
-        return {"files": {r.as_posix(): file_identity(p) for r, p in visible.items()}}
+        return {
+            "files": {r.as_posix(): file_identity(p, whole_up_to=whole_up_to) for r, p in visible.items()}
+        }
     if not target.is_file():
         raise UserError(f"{path} does not exist: give the path of an existing file or folder")
     size = target.stat().st_size
     with target.open("rb") as file:
-        if size <= _FULL_HASH_LIMIT:
+        if size <= whole_up_to:
             return {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        file.seek(-_TAIL_BYTES, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
         return {"size": size, "tail_sha256": hashlib.sha256(file.read()).hexdigest()}
 
 

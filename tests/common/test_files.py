@@ -134,18 +134,20 @@ def test_bad_input_names_file_and_line(tmp_path: Path) -> None:
         files.read_json(tmp_path)
 
 
-def test_identity_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_of_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a").write_bytes(b"abc")
     (tmp_path / ".lock").write_bytes(b"")
     whole = {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
     assert files.file_identity(tmp_path / "sub" / "a") == whole
     assert files.file_identity(tmp_path) == {"files": {"sub/a": whole}}
-    monkeypatch.setattr(files, "_FULL_HASH_LIMIT", 100_000)  # stands for 1 GB
     content = os.urandom(100_001)
     (tmp_path / "big").write_bytes(content)
     tail = hashlib.sha256(content[-65536:]).hexdigest()
-    assert files.file_identity(tmp_path / "big") == {"size": 100_001, "tail_sha256": tail}
+    expected = {"size": 100_001, "tail_sha256": tail}
+    assert files.file_identity(tmp_path / "big", whole_up_to=100_000) == expected
+    small = files.file_identity(tmp_path / "sub" / "a", whole_up_to=0)
+    assert small == {"size": 3, "tail_sha256": whole["sha256"]}
     with pytest.raises(UserError, match="does not exist"):
         files.file_identity(tmp_path / "none")
 

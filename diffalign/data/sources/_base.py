@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from diffalign.common import files
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.data.records import Record
 from diffalign.data.select import UsablePairs, check_share, check_ties
-
-WHOLE_HASH_BYTES = 1_000_000_000
-TAIL_BYTES = 64 * 1024
 
 
 @dataclass
@@ -98,7 +94,14 @@ class Source:
         return wanted
 
     def inputs(self) -> dict[str, Path | str]:
-        """Returns what a manifest records as input: the files read, or sizes and tails where that is much.
+        """Returns what a manifest records as input, and what must be equal for a run to go on."""
+        found = self.data_inputs()
+        if self.prompts is not None:
+            found[f"{plugin_name(self)} prompts"] = Path(self.prompts)
+        return found
+
+    def data_inputs(self) -> dict[str, Path | str]:
+        """Returns the inputs without `prompts`: the files read, or sizes and tails where that is much.
 
         Hashing 300 GB of shards would take longer than many runs, so above 1 GB in all each file is named by
         its size and the hash of its last 64 KiB, which for parquet holds the footer with the statistics of
@@ -109,13 +112,8 @@ class Source:
         names = [f"{label}:{path.name}" for path in paths]
         if len(set(names)) < len(paths):
             names = [f"{label}:{path}" for path in paths]
-        if sum(path.stat().st_size for path in paths) <= WHOLE_HASH_BYTES:
+        if sum(path.stat().st_size for path in paths) <= files.FULL_HASH_LIMIT:
             return dict(zip(names, paths, strict=True))
-        return {name: _tail_identity(path) for name, path in zip(names, paths, strict=True)}
-
-
-def _tail_identity(path: Path) -> str:
-    with open(path, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, size - TAIL_BYTES))
-        return f"size={size} tail_sha256={hashlib.sha256(stream.read()).hexdigest()}"
+        tails = [files.file_identity(path, whole_up_to=0) for path in paths]
+        words = [" ".join(f"{key}={value}" for key, value in tail.items()) for tail in tails]
+        return dict(zip(names, words, strict=True))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffalign.common.errors import UserError
-from diffalign.data.records import Record, read_records
+from diffalign.data.records import BadImage, Record, read_records
 from diffalign.data.sources._base import Source
 
 FILE_NAME = "preferences.jsonl"
@@ -29,6 +31,25 @@ class Plugin(Source):
     def files(self) -> list[Path]:
         """Returns the one file that is read."""
         return [self.file()]
+
+    def data_inputs(self) -> dict[str, Path | str]:
+        """Returns the file, and one digest over the names and bytes of the pictures of the records read.
+
+        Every picture is read once more for that: at 1 GB/s, 5 minutes for 850,000 pictures of 350 kB, whose
+        encoding takes hours.
+        """
+        total = hashlib.sha256()
+        folder = self.file().parent
+        for record in self.records():
+            for candidate in record.candidates:
+                image = candidate.image
+                try:
+                    content = image.digest().hex()
+                except BadImage as error:
+                    content = error.reason
+                place = "" if image.path is None else os.path.relpath(image.path, folder)
+                total.update(f"{place} {content}\n".encode("utf-8", "surrogateescape"))
+        return {**super().data_inputs(), "jsonl pictures": f"sha256={total.hexdigest()}"}
 
     def rows(self) -> Iterator[Record]:
         """Yields the records of the file. UserError for a second record with the same id."""

@@ -91,10 +91,10 @@ class Plugin(Source):
         total = sum(_footer(path).num_rows for path in self.files())
         return total if self.limit is None else min(total, self.limit)
 
-    def inputs(self) -> dict[str, Path | str]:
+    def data_inputs(self) -> dict[str, Path | str]:
         """Returns what Source says; a hub data set is named by its commit, where the hub can be asked."""
         if not self.on_hub:
-            return super().inputs()
+            return super().data_inputs()
         commit = (
             self.revision if _COMMIT.match(self.revision or "") else _hub_commit(self.path, self.revision)
         )

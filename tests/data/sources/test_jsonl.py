@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffalign.common.errors import UserError
+from diffalign.common.manifest import identities
 from diffalign.data.sources.jsonl import Plugin
 from tests.pickapic_files import jpeg
 
@@ -34,7 +35,7 @@ def test_file_or_folder_with_limit_and_prompts(tmp_path: Path) -> None:
         "z",
     ]
     assert [record.id for record in Plugin(str(path), limit=2).records()] == ["x", "y"]
-    assert Plugin(str(tmp_path)).inputs() == {"jsonl:preferences.jsonl": path}
+    assert Plugin(str(tmp_path)).inputs()["jsonl:preferences.jsonl"] == path
 
 
 def test_pictures_are_beside_the_file_and_a_missing_one_is_counted(tmp_path: Path) -> None:
@@ -48,6 +49,27 @@ def test_pictures_are_beside_the_file_and_a_missing_one_is_counted(tmp_path: Pat
     (first, second) = Plugin(str(path)).usable_pairs()
     assert [image.size for image in first.images] == [(16, 16), (16, 8)]
     assert (first.target, second.record.id) == (1.0, "gone")
+
+
+def test_inputs_change_with_a_picture_or_the_subset(tmp_path: Path) -> None:
+    """A run that was stopped may not go on with other pictures or captions under the same names."""
+    write(tmp_path, [pair("x"), pair("y", "a dog")])
+    (tmp_path / "p.txt").write_text("a cat\n")
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / name).write_bytes(jpeg(1))
+
+    def now(**options: str) -> object:
+        return identities(Plugin(str(tmp_path), **options).inputs())
+
+    subset = {"prompts": str(tmp_path / "p.txt")}
+    before, before_subset = now(), now(**subset)
+    assert now() == before != before_subset == now(**subset)
+    (tmp_path / "p.txt").write_text("a cat\na cow\n")
+    assert now() == before and now(**subset) != before_subset
+    (tmp_path / "1.jpg").write_bytes(jpeg(2))
+    changed = now()
+    (tmp_path / "1.jpg").unlink()
+    assert before != changed != now() != before
 
 
 def test_bad_files(tmp_path: Path) -> None:
