@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from diffalign.data.records import BadImage, BadLabel, Record
+from diffalign.data.records import BadImage, BadLabel, Record, digest
 from diffalign.data.select import MIN_SIDE
 
 __all__ = ["LONG_CAPTION", "Census", "Finding", "clip_pieces", "findings", "inspect"]
@@ -54,14 +53,14 @@ def inspect(record: Record) -> Finding:
     sizes: list[tuple[int, int] | None] = []
     problems: dict[str, None] = {}
     for candidate in record.candidates:
-        digest, size = None, None
+        identity, size = None, None
         try:
             content = candidate.image.read()
-            digest = _digest(content)
+            identity = digest(content)
             size = candidate.image.decode(content, min_side=MIN_SIDE).size
         except BadImage as error:
             problems[error.reason] = None
-        digests.append(digest)
+        digests.append(identity)
         sizes.append(size)
     verdict, target = _verdict(record)
     return Finding(record.id, record.prompt, verdict, target, tuple(digests), tuple(sizes), tuple(problems))
@@ -105,7 +104,7 @@ class Census:
         self._add_pictures(finding)
 
     def _add_caption(self, finding: Finding) -> None:
-        self._prompts.add(_digest(finding.prompt.encode("utf-8", "surrogatepass")))
+        self._prompts.add(digest(finding.prompt.encode("utf-8", "surrogatepass")))
         if not finding.prompt.strip():
             self.empty_captions.append(finding.id)
         if clip_pieces(finding.prompt) > LONG_CAPTION:
@@ -113,7 +112,7 @@ class Census:
         self.non_ascii_captions += not finding.prompt.isascii()
 
     def _add_pictures(self, finding: Finding) -> None:
-        present = [digest for digest in finding.digests if digest is not None]
+        present = [identity for identity in finding.digests if identity is not None]
         self.pictures += len(present)
         self._pictures.update(present)
         sizes = [size for size in finding.sizes if size is not None]
@@ -127,7 +126,7 @@ class Census:
         # along.
         swapped = present[1] < present[0]
         target = 1.0 - finding.target if swapped and finding.target is not None else finding.target
-        key = _digest(b"".join(sorted(present)) + finding.prompt.encode("utf-8", "surrogatepass"))
+        key = digest(b"".join(sorted(present)) + finding.prompt.encode("utf-8", "surrogatepass"))
         first, first_target = self._first.setdefault(key, (finding.id, target))
         if first == finding.id:
             return
@@ -194,7 +193,3 @@ def _verdict(record: Record) -> tuple[str, float | None]:
     if target is None:
         return "unlabelled", None
     return ("tie" if target == 0.5 else "decided"), target
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()

@@ -8,10 +8,9 @@ file:
          "scores": {"clip": {"value": 0.31, "scale": "cosine", "version": "ViT-B-32/openai"}}},
         {"image": "a1-1.png", "label": 0.0}]}
 
-Optional: `condition`, `user` and `meta` of the record; `prompt`, `condition`, `model`, `seed`,
-    `scores`,
-`label`, `rank` and `votes` of a candidate. Picture paths are relative to the folder of the file. Labels
-of a pair sum to 1; 0.5 and 0.5 is a tie. Fields that are not listed here are kept as they are (`extra`).
+Optional: `condition`, `user` and `meta` of the record; `prompt`, `condition`, `model`, `seed`, `scores`,
+`label`, `rank` and `votes` of a candidate. Picture paths are relative to the folder of the file. Labels of a
+pair sum to 1; 0.5 and 0.5 is a tie. Fields that are not listed here are kept as they are (`extra`).
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ __all__ = [
     "ImageRef",
     "Record",
     "Score",
+    "digest",
     "read_records",
     "write_records",
 ]
@@ -54,6 +54,11 @@ TURNS = {
 }
 """EXIF orientation -> what makes the picture upright (CIPA DC-008, "Orientation")."""
 LABEL_TOLERANCE = 1e-6
+
+
+def digest(content: bytes) -> bytes:
+    """Returns 16 bytes that identify `content` (blake2b)."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 class BadImage(UserError):
@@ -138,8 +143,8 @@ class ImageRef:
         return picture
 
     def digest(self) -> bytes:
-        """Returns 16 bytes that identify the encoded bytes (blake2b). Raises BadImage when there are none."""
-        return hashlib.blake2b(self.read(), digest_size=16).digest()
+        """Returns the `digest` of the encoded bytes. Raises BadImage when there are none."""
+        return digest(self.read())
 
 
 @dataclass(frozen=True)
