@@ -56,7 +56,7 @@ def claim_folder(
     """Locks the output folder and yields it; the same stage may come back to it, another may not.
 
     `recipe.json` is written first (the manifest, written last, says that the stage is complete). A folder
-    that this run made is removed again when a UserError ends the run before any row was written.
+    that this run made is removed again when an error ends the run before any row was written.
 
     Args:
         out: the output folder.
@@ -78,7 +78,7 @@ def claim_folder(
             files.write_json(folder / RECIPE, {"stage": stage, "decides": same, "recipe": recipe})
         try:
             yield folder
-        except UserError:
+        except Exception:
             if is_new and not list(folder.glob("*.jsonl")):
                 shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -49,6 +49,18 @@ def test_a_stage_without_resume_takes_its_own_folder_again(tmp_path: Path) -> No
         assert files.read_json(tmp_path / "recipe.json")["recipe"] == {"seed": seed}
 
 
+@pytest.mark.parametrize("error", [UserError("x"), RuntimeError("CUDA out of memory")])
+def test_an_error_before_the_first_row_leaves_no_new_folder(error: Exception, tmp_path: Path) -> None:
+    for name, kept in (("rows.jsonl", True), ("picture.png", False)):
+        with (
+            pytest.raises(type(error)),
+            claim_folder(tmp_path / name, stage="score", recipe={}, same={}) as out,
+        ):
+            (out / name).write_text("")
+            raise error
+        assert (tmp_path / name).exists() == kept
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file: give a folder"):
