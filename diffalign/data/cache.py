@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from diffalign.data.select import Pair
 from diffalign.data.specs import PreprocessSpec
 
 PROMPT_BATCH = 32
+UNITS = ("pair", "single")
+"""Units of an objective that pairs can be encoded as."""
 
 
 class Encoder(Protocol):
@@ -111,22 +113,20 @@ def encode_pairs(
     """The pairs as examples of `unit`: "pair", or "single" with the preferred image of each decided pair.
 
     Raises:
-        UserError: a picture whose latents are not finite (named by row id), or more data than the memory
-            limit.
+        UserError: another unit, a picture whose latents are not finite (named by row id), or more data than
+            the memory limit.
     """
+    if unit not in UNITS:
+        raise UserError(f"this objective trains on units of {unit!r}, the data has pairs: choose another one")
     store = _Store(encoder, spec)
     sizes = bucket_sizes(spec.resolution or encoder.default_resolution, encoder.size_multiple, spec.buckets)
     if spec.size_conditioning == "per_image" and unit != "single":
         raise UserError("preprocess.size_conditioning=per_image gives labels away in pairs: use target")
     examples: list[Example] = []
     for pair in pairs:
-        chosen: Sequence[int] = (0, 1)
-        target: float | None = pair.target
-        if unit == "single":
-            if pair.target == 0.5:
-                continue
-            chosen, target = ((0,) if pair.target > 0.5 else (1,)), None
-        pictures = [pair.images[side] for side in chosen]
+        if unit == "single" and pair.target == 0.5:
+            continue
+        pictures = list(pair.images if unit == "pair" else (pair.images[0 if pair.target > 0.5 else 1],))
         placement = place(pictures, sizes, spec, seed, pair.record.id)
         rows, conditions = [], []
         for picture in pictures:
@@ -143,7 +143,7 @@ def encode_pairs(
                 pair.record.prompt,
                 tuple(rows),
                 placement.size,
-                target,
+                pair.target if unit == "pair" else None,
                 tuple(conditions),
                 meta,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diffalign.common import plugins
+from diffalign.common.errors import unknown
 
 if TYPE_CHECKING:
     from diffalign.models._base import Model
@@ -24,3 +25,19 @@ def load_model(name: str, path: str, *, device: str = "cpu", **options: Any) -> 
     """
     model: Model = plugins.get("models", name)(path=path, **options).load(device)
     return model
+
+
+def scheduler_class(name: str) -> Any:
+    """The diffusers scheduler class called `name`.
+
+    Raises:
+        UserError: no such scheduler.
+    """
+    import diffusers
+
+    known = sorted(
+        entry for entry in dir(diffusers) if entry.endswith("Scheduler") and not entry.startswith("Flax")
+    )
+    if name not in known:
+        raise unknown("scheduler", name, known)
+    return getattr(diffusers, name)

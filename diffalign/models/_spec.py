@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffalign.common.errors import UserError, unknown
 
@@ -40,6 +40,9 @@ class ModelSpec:
     unet: str | None = None
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
+
+    pipeline_name: ClassVar[str]
+    """The class of diffusers that loads this family."""
 
     def __post_init__(self) -> None:
         for key, value, known in (

@@ -12,25 +12,24 @@ from torch import Tensor, nn
 
 from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.common.manifest import recipe_identity
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze, without_requires_grad
 from diffalign.diffusion.process import Process
-from diffalign.models import _adapters
+from diffalign.models import _adapters, scheduler_class
 from diffalign.models._base import REFERENCE, TRAINED, NonFinitePicture, torch_dtype
 from diffalign.models._parts import Parts
 from diffalign.models._spec import AdapterSpec, ModelSpec
 
 
 class UNetModel:
-    """A backbone of the Stable Diffusion family; subclasses name the pipeline and the conditioning.
+    """A backbone of the Stable Diffusion family; subclasses name the encoders and the conditioning.
 
     Args:
         spec: which weights.
         device: where they go.
     """
 
-    pipeline_class: ClassVar[Any]
     encoder_parts: ClassVar[tuple[str, ...]]
 
     def __init__(self, spec: ModelSpec, device: str = "cpu") -> None:
@@ -68,6 +67,13 @@ class UNetModel:
                 f"the UNet of {path} takes text embeddings of width {width}, the base's are of width "
                 f"{self._text_width}: use the base that it was trained from"
             )
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline of this family."""
+        import diffusers
+
+        return getattr(diffusers, self.spec.pipeline_name)
 
     @property
     def network(self) -> Any:
@@ -326,22 +332,6 @@ class UNetModel:
                 "process": {"prediction": process.prediction, "alphas": process.alphas},
             }
         )
-
-
-def scheduler_class(name: str) -> Any:
-    """The diffusers scheduler class called `name`.
-
-    Raises:
-        UserError: no such scheduler.
-    """
-    import diffusers
-
-    known = sorted(
-        entry for entry in dir(diffusers) if entry.endswith("Scheduler") and not entry.startswith("Flax")
-    )
-    if name not in known:
-        raise unknown("scheduler", name, known)
-    return getattr(diffusers, name)
 
 
 def _refuse_non_finite(latents: Tensor, images: Tensor, prompts: list[str], seeds: list[int]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
@@ -20,6 +19,8 @@ from diffalign.models._unet import UNetModel
 @dataclass
 class Plugin(ModelSpec):
     """Stable Diffusion 1.x, 2.x and their fine-tunes."""
+
+    pipeline_name: ClassVar[str] = "StableDiffusionPipeline"
 
     def load(self, device: str = "cpu") -> Model:
         """The model on `device`; its parts load when first used."""
@@ -37,7 +38,6 @@ class Plugin(ModelSpec):
 class StableDiffusion(UNetModel):
     """Conditioning key: `prompt_embeds` [B, 77, c]."""
 
-    pipeline_class = StableDiffusionPipeline
     encoder_parts = ("text_encoder", "tokenizer")
 
     @staticmethod

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
@@ -20,6 +19,8 @@ from diffalign.models._unet import UNetModel
 @dataclass
 class Plugin(ModelSpec):
     """SDXL base and its fine-tunes (not the refiner)."""
+
+    pipeline_name: ClassVar[str] = "StableDiffusionXLPipeline"
 
     def load(self, device: str = "cpu") -> Model:
         """The model on `device`; its parts load when first used."""
@@ -37,7 +38,6 @@ class Plugin(ModelSpec):
 class SDXL(UNetModel):
     """Conditioning keys: `prompt_embeds` [B, 77, c], `pooled` [B, p] and `time_ids` [B, 6]."""
 
-    pipeline_class = StableDiffusionXLPipeline
     encoder_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     @staticmethod

@@ -37,8 +37,6 @@ class Objective:
 
     unit: ClassVar[Literal["pair", "list", "single"]]
     uses_reference: ClassVar[bool] = True
-    on_policy: ClassVar[bool] = False
-    needs_residuals: ClassVar[bool] = False
 
     def compute(self, denoiser: Denoiser, batch: Batch, draws: Draws, shared: Any = None) -> Output:
         """The loss of each group of `batch` under `draws`."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
+from diffalign.common import plugins
 from diffalign.common.manifest import versions
-
-_PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}
+from diffalign.models._spec import ModelSpec
 
 
 def model_card(
@@ -63,8 +63,9 @@ base its effect is not known.
 
 
 def _snippet(recipe: dict[str, Any]) -> str:
-    name, path = recipe["model"]["name"], recipe["model"]["path"]
-    pipeline = _PIPELINES.get(name, "DiffusionPipeline")
+    model = {key: value for key, value in recipe["model"].items() if key != "name"}
+    spec: ModelSpec = plugins.get("models", recipe["model"]["name"])(**model)
+    pipeline, path = spec.pipeline_name, spec.path
     if recipe["adapter"]["kind"] == "lora":
         return f"""from diffusers import {pipeline}
 

@@ -140,3 +140,9 @@ def test_the_batch_size_of_encoding_does_not_matter(encoder: Any) -> None:
     assert [example.images for example in one.examples] == [example.images for example in many.examples]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one.means, many.means, strict=True))
     assert {tuple(mean.shape) for mean in one.means} == {(4, 12, 20), (4, 16, 16)}
+
+
+def test_units_that_pairs_cannot_be_are_refused(encoder: Any) -> None:
+    """A ranked list must not be trained on its first two pictures."""
+    with pytest.raises(UserError, match="trains on units of 'list', the data has pairs"):
+        encode([make_pair("a")], encoder, unit="list")

@@ -285,6 +285,10 @@ def test_the_fingerprint_names_weights_and_process(
     )
 
 
+def test_the_pipeline_is_the_one_that_the_base_names(untouched: Any) -> None:
+    assert untouched.parts.index["_class_name"] == untouched.pipeline_class.__name__
+
+
 def test_the_process_is_that_of_the_scheduler(untouched: Any) -> None:
     theirs = Process.from_scheduler(untouched.parts["scheduler"])
     assert untouched.process.prediction == "epsilon"
