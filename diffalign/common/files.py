@@ -114,19 +114,29 @@ def trim_torn_tail(path: str | Path) -> int:
     return size - end
 
 
+def read_text(path: str | Path) -> str:
+    """Returns the text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UserError: the file is missing, cannot be read or is not UTF-8.
+    """
+    try:
+        return _read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
+
+
 def read_json(path: str | Path) -> Any:
     """Returns the parsed file.
 
     Raises:
         UserError: the file is missing or is not JSON; names the file and the line.
     """
-    content = _read(path)
+    content = read_text(path)
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def read_jsonl(path: str | Path, *, drop_torn_tail: bool = False) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.common.errors import UserError, unknown
+from diffalign.common.files import read_text
 from diffalign.data.records import read_lines
 
 __all__ = ["COLUMNS", "Prompt", "load_prompts", "prompt_file"]
@@ -142,17 +143,8 @@ def _ids(rows: list[dict[str, Any]], stem: str) -> list[str]:
     return [f"{re.sub(r'[^0-9A-Za-z_.-]', '_', stem)}-{index:05d}" for index in range(len(rows))]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def _read_txt(path: Path) -> Rows:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path.name}:{number}", {"prompt": line.strip()}
 
@@ -160,13 +152,13 @@ def _read_txt(path: Path) -> Rows:
 def _read_tsv(path: Path) -> Rows:
     # csv's quoting would swallow the quotes of prompts like: The words "Fly an airplane" are written on the
     # wall.
-    lines = enumerate(_text(path).split("\n"), start=1)
+    lines = enumerate(read_text(path).split("\n"), start=1)
     return _table(path, ((number, line.split("\t")) for number, line in lines if line.strip()))
 
 
 def _read_csv(path: Path) -> Rows:
     csv.field_size_limit(1 << 24)
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
 
     def numbered() -> Iterator[tuple[int, list[str]]]:
         try:
@@ -202,7 +194,7 @@ def _read_jsonl(path: Path) -> Rows:
 
 def _read_json(path: Path) -> Rows:
     try:
-        rows = json.loads(_text(path))
+        rows = json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list):

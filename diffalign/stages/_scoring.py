@@ -62,7 +62,7 @@ def _picture_files(folder: Path) -> list[Row]:
         row: Row = {"id": path.name, "image": path.name}
         text = path.with_suffix(".txt")
         if text.is_file():
-            row["prompt"] = text.read_text(encoding="utf-8").strip()
+            row["prompt"] = files.read_text(text).strip()
         rows.append(row)
     if not rows:
         raise UserError(

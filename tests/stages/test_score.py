@@ -124,6 +124,9 @@ def test_a_folder_of_pictures_with_texts(tmp_path):
         (folder / f"{name}.txt").write_text(caption(RED) + "\n")
     rows = run(folder, tmp_path / "out")
     assert [(row["id"], row["scores"]["scene"]["value"]) for row in rows] == [("a.png", 1), ("b.png", 0.75)]
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a.txt is not UTF-8 text \(byte 3\): convert it to UTF-8"):
+        run(folder, tmp_path / "other")
     (folder / "a.txt").unlink()
     with pytest.raises(UserError, match=r"needs a prompt for every picture, 'a.png' has none"):
         run(folder, tmp_path / "other")
