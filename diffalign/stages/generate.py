@@ -109,6 +109,7 @@ def generate(
     from diffalign.common import manifest
     from diffalign.common.progress import say
     from diffalign.data.prompts import load_prompts, prompt_file
+    from diffalign.models._samplers import check_scheduler
     from diffalign.stages import _run
 
     recipe = resolved_recipe(generate, locals())
@@ -119,6 +120,8 @@ def generate(
     spec = make_one("models", model)
     loaded = spec.load(_run.pick_device(device))
     _check_size(loaded, height, width)
+    if scheduler is not None:
+        check_scheduler(scheduler, loaded.parts["scheduler"], num_inference_steps)
     for use in uses.values():
         loaded.load_adapter(use.path, weight=use.weight)
     settings = {name: recipe[name] for name in SETTINGS}
@@ -210,7 +213,7 @@ def _check_settings(
     if guidance_scale is not None and not 0 <= guidance_scale < float("inf"):
         raise UserError(f"guidance_scale={guidance_scale}: give a number of at least 0")
     if scheduler is not None:
-        from diffalign.models._unet import scheduler_class
+        from diffalign.models import scheduler_class
 
         scheduler_class(scheduler)
 

@@ -175,6 +175,9 @@ def test_a_prompt_file_keeps_its_columns(model, tmp_path):
     ("options", "message"),
     [
         ({"scheduler": "DDIMSchedular"}, "did you mean 'DDIMScheduler'"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "cannot sample this base"),
+        ({"scheduler": "VQDiffusionScheduler"}, "cannot sample this base"),
+        ({"scheduler": "EDMEulerScheduler"}, "cannot sample this base"),
         ({"height": 33}, "height=33: give a multiple of"),
         ({"width": 0}, "width=0"),
         ({"seeds": []}, "seeds is empty"),
