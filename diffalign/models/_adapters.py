@@ -14,9 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from diffalign.common.draws import seed_of
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, brief
 from diffalign.models._base import TRAINED
-from diffalign.models._parts import first_line
 from diffalign.models._spec import AdapterSpec
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
@@ -39,7 +38,7 @@ def add_fresh(network: Any, spec: AdapterSpec, *, seed: int) -> None:
         try:
             network.add_adapter(config, adapter_name=TRAINED)
         except ValueError as error:
-            raise UserError(f"adapter.targets={list(spec.targets)}: {first_line(error)}") from error
+            raise UserError(f"adapter.targets={list(spec.targets)}: {brief(error)}") from error
     _to_float32(network)
     if spec.dora:
         _remeasure_magnitudes(network)
@@ -116,10 +115,8 @@ def save(network: Any, pipeline_class: Any, folder: str | Path) -> None:
     stays active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
     """
     config = {**network.peft_config[TRAINED].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
-    # Sets have another order in each process: sorted, equal runs write equal files.
+    # peft holds names as sets, whose order changes with the process: sorted, equal runs write equal files.
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    # peft holds names as sets, whose order changes from process to process: equal runs write equal files.
-    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
     state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(network).items()}
     pipeline_class.save_lora_weights(
         str(folder),
@@ -145,7 +142,7 @@ def read_adapter(
             path, unet_config=network.config, return_lora_metadata=True
         )
     except Exception as error:  # converting a foreign layout, or asking the hub, fails in many ways
-        raise UserError(f"cannot read the adapter {path}: {first_line(error)}") from error
+        raise UserError(f"cannot read the adapter {path}: {brief(error)}") from error
     if not state or not all("lora" in key for key in state):
         raise UserError(
             f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote"
