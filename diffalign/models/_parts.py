@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, brief
 from diffalign.common.files import file_identity
 from diffalign.models._base import torch_dtype
 from diffalign.models._spec import ModelSpec
 
-OWN_FOLDER_PARTS = {"vae": "vae", "unet": "unet"}
+OWN_PARTS = ("vae", "unet")
+
+
+class Source(NamedTuple):
+    """Where a part is loaded from; `revision` is the commit of a hub id as it stood when the run began."""
+
+    path: str
+    subfolder: str | None = None
+    revision: str | None = None
+
+
+def own_source(path: str, name: str) -> Source:
+    """Where the user's own VAE or UNet lies: in a folder or hub id itself, or in its subfolder `name`."""
+    if Path(path).exists():
+        return Source(path, name if (Path(path) / name).is_dir() else None)
+    nested = hub_commit(path, f"{name}/config.json")
+    return Source(path, name, nested) if nested else Source(path, None, hub_commit(path, "config.json"))
+
+
+def hub_commit(repo: str, file: str, revision: str | None = None) -> str | None:
+    """The commit that a hub id stands for, read off its local copy of the small `file`; None without it."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        local = hf_hub_download(repo, file, revision=revision)
+    except Exception:  # not there, no network, no hub id: loading the part says it better
+        return None
+    return Path(local.removesuffix(file)).name
 
 
 class Parts:
@@ -31,6 +58,11 @@ class Parts:
     def __init__(self, spec: ModelSpec, device: str, expected: tuple[str, ...]) -> None:
         _quiet()
         self.spec, self.device = spec, device
+        self._sources: dict[str, Source] = {}
+        self._refuse_no_pipeline()
+        self._revision = spec.revision
+        if not Path(spec.path).is_dir():
+            self._revision = hub_commit(spec.path, "model_index.json", spec.revision) or spec.revision
         self.index = self._read_index()
         missing = [name for name in expected if not _is_part(self.index.get(name))]
         if missing:
@@ -44,12 +76,12 @@ class Parts:
     def __getitem__(self, name: str) -> Any:
         """The part `name`, frozen, in evaluation mode."""
         if name not in self._loaded:
-            self._loaded[name] = self._load(name, *self.source(name))
+            self._loaded[name] = self._load(name, self.source(name))
         return self._loaded[name]
 
     def load_as(self, name: str, path: str) -> Any:
         """Another instance of the part `name`, from the folder `path/name`; the caller keeps it."""
-        return self._load(name, path, name)
+        return self._load(name, Source(path, name))
 
     def drop(self, *names: str) -> None:
         """Frees parts; they load again on the next use."""
@@ -58,43 +90,43 @@ class Parts:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def source(self, name: str) -> tuple[str, str | None]:
-        """`(path, subfolder)` a part is loaded from: the pipeline's, or the user's own VAE or UNet."""
-        own = getattr(self.spec, OWN_FOLDER_PARTS[name]) if name in OWN_FOLDER_PARTS else None
-        if own is None:
-            return self.spec.path, name
-        if not Path(own).exists() and _looks_local(own):
-            raise UserError(f"model.{name} {own} does not exist: give a diffusers folder or a hub id")
-        nested = Path(own) / OWN_FOLDER_PARTS[name]
-        return own, OWN_FOLDER_PARTS[name] if nested.is_dir() else None
+    def source(self, name: str) -> Source:
+        """Where a part is loaded from: the pipeline, or the user's own VAE or UNet."""
+        if name not in self._sources:
+            own = getattr(self.spec, name) if name in OWN_PARTS else None
+            if own is not None and not Path(own).exists() and _looks_local(own):
+                raise UserError(f"model.{name} {own} does not exist: give a diffusers folder or a hub id")
+            ours = Source(self.spec.path, name, self._revision)
+            self._sources[name] = ours if own is None else own_source(own, name)
+        return self._sources[name]
 
     def config(self, name: str, path: str | None = None) -> dict[str, Any]:
         """The part's configuration (`path`: of what `load_as` loads), read without loading its weights."""
         import diffusers
 
-        path, subfolder = self.source(name) if path is None else (path, name)
+        source = self.source(name) if path is None else Source(path, name)
         cls = getattr(diffusers, self.index[name][1], None)
         if cls is None:
             raise UserError(
                 f"{self.spec.path}: its {name} is a {self.index[name][1]}, which diffusers does not have"
             )
-        revision = self.spec.revision if path == self.spec.path else None
         try:
-            return dict(cls.load_config(path, subfolder=subfolder, revision=revision))
+            return dict(cls.load_config(source.path, subfolder=source.subfolder, revision=source.revision))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the {name} config of {path}: {first_line(error)}") from error
+            raise UserError(f"cannot read the {name} config of {source.path}: {brief(error)}") from error
 
     def identity(self, name: str) -> dict[str, Any]:
-        """What tells these weights from others: content of local files, or hub id and revision."""
-        path, subfolder = self.source(name)
-        folder = Path(path) / (subfolder or "")
+        """What tells these weights from others: content of local files, or hub id and commit."""
+        source = self.source(name)
+        folder = Path(source.path) / (source.subfolder or "")
         if folder.is_dir():
             return file_identity(folder)
-        return {"hub": path, "part": name, "revision": self.spec.revision, "variant": self.spec.variant}
+        return {"hub": source.path, "part": name, "commit": source.revision, "variant": self._variant(source)}
 
-    def _read_index(self) -> dict[str, Any]:
-        from diffusers import DiffusionPipeline
+    def _variant(self, source: Source) -> str | None:
+        return self.spec.variant if source.path == self.spec.path else None
 
+    def _refuse_no_pipeline(self) -> None:
         path = Path(self.spec.path)
         if path.is_file():
             raise UserError(f"model.path {path} is a file: give a diffusers pipeline folder or a hub id")
@@ -104,31 +136,36 @@ class Parts:
             )
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline")
-        try:
-            return dict(DiffusionPipeline.load_config(self.spec.path, revision=self.spec.revision))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the pipeline {self.spec.path}: {first_line(error)}") from error
 
-    def _load(self, name: str, path: str, subfolder: str | None) -> Any:
+    def _read_index(self) -> dict[str, Any]:
+        from diffusers import DiffusionPipeline
+
+        try:
+            return dict(DiffusionPipeline.load_config(self.spec.path, revision=self._revision))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the pipeline {self.spec.path}: {brief(error)}") from error
+
+    def _load(self, name: str, source: Source) -> Any:
         library, class_name = self.index[name]
         try:
             cls = getattr(importlib.import_module(library), class_name)
-            part = cls.from_pretrained(path, **self._options(name, cls, path, subfolder))
+            part = cls.from_pretrained(source.path, **self._options(name, cls, source))
         except Exception as error:  # a torn file, an unknown class, no network: libraries agree on no type
-            where = path if subfolder is None else f"{path} ({name})"
-            raise UserError(f"cannot load {where}: {first_line(error)}") from error
+            where = source.path if source.subfolder is None else f"{source.path} ({name})"
+            raise UserError(f"cannot load {where}: {brief(error)}") from error
         return part.to(self.device).eval().requires_grad_(False) if hasattr(cls, "parameters") else part
 
-    def _options(self, name: str, cls: Any, path: str, subfolder: str | None) -> dict[str, Any]:
+    def _options(self, name: str, cls: Any, source: Source) -> dict[str, Any]:
         """What `from_pretrained` is told."""
         is_diffusers = self.index[name][0] == "diffusers"
-        options: dict[str, Any] = {"subfolder": subfolder if is_diffusers else subfolder or ""}
-        if path == self.spec.path:
-            options["revision"] = self.spec.revision
+        options: dict[str, Any] = {
+            "subfolder": source.subfolder if is_diffusers else source.subfolder or "",
+            "revision": source.revision,
+        }
         if hasattr(cls, "parameters"):
             dtype = torch_dtype(self.spec.vae_dtype if name == "vae" else self.spec.dtype)
             options["torch_dtype" if is_diffusers else "dtype"] = dtype
-            if path == self.spec.path and self.spec.variant is not None:
+            if self._variant(source) is not None:
                 options["variant"] = self.spec.variant
         return options
 
@@ -149,9 +186,3 @@ def _quiet() -> None:
 
 def _is_part(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -41,7 +41,7 @@ class UNetModel:
         self.size_multiple: int = self.latent_scale * 2 ** (len(unet["block_out_channels"]) - 1)
         self.default_resolution: int = _largest_side(unet["sample_size"]) * self.latent_scale
         self._text_width: Any = unet["cross_attention_dim"]
-        self._check_unet(unet, self.parts.source("unet")[0])
+        self._check_unet(unet, self.parts.source("unet").path)
         self._denoiser: Denoiser | None = None
         self._adapter_weights: dict[str, float] = {}
         self._adapts_encoders = False

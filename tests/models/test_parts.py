@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from diffalign.common.errors import UserError
 from diffalign.models import load_model
 
+# diffusers asks the hub with an argument that huggingface_hub no longer knows.
+ASKS_THE_HUB = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated")
+
 
 @pytest.fixture
 def copied(tiny_sdxl: str, tmp_path: Path) -> Path:
@@ -35,8 +38,7 @@ def use(name: str, path: str, **options: Any) -> None:
     assert model.denoiser and model.encode_prompts(["a"]) and model.parts["vae"]
 
 
-# diffusers asks the hub with an argument that huggingface_hub no longer knows.
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated")
+@ASKS_THE_HUB
 def test_paths_that_hold_no_pipeline(tiny_sd: str, tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "nowhere", "nowhere does not exist: give a diffusers pipeline folder or a hub id"),
@@ -47,6 +49,47 @@ def test_paths_that_hold_no_pipeline(tiny_sd: str, tmp_path: Path) -> None:
             use("sd", str(path))
     with pytest.raises(UserError, match="cannot read the pipeline somebody/something"):  # the network is off
         use("sd", "somebody/something")
+
+
+def put_on_hub(cache: Path, repo: str, folder: str | Path, *, commit: str) -> None:
+    """Makes `commit` the head of `repo` in a local copy of the hub."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, root / "snapshots" / commit)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an empty local copy of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@ASKS_THE_HUB
+def test_a_hub_base_is_told_by_its_commit(hub: Path, tiny_sd: str) -> None:
+    """When the hub moves on, a loaded base stays what it was, and the next one is another."""
+    put_on_hub(hub, "org/base", tiny_sd, commit="a" * 40)
+    first: Any = load_model("sd", "org/base")
+    known = first.fingerprint()
+    put_on_hub(hub, "org/base", tiny_sd, commit="b" * 40)
+    assert first.fingerprint() == known == load_model("sd", "org/base", revision="a" * 40).fingerprint()
+    assert load_model("sd", "org/base").fingerprint() != known
+    shutil.rmtree(hub / "models--org--base" / "snapshots" / ("b" * 40))
+    assert first.denoiser and first.encode_prompts(["a"]) and first.parts["vae"]
+
+
+@ASKS_THE_HUB
+def test_an_own_part_from_the_hub_has_its_own_commit(hub: Path, tiny_sd: str) -> None:
+    """A published UNet may lie in a subfolder (DPO-SDXL does); the base's revision is not its own."""
+    put_on_hub(hub, "org/nested", Path(tiny_sd), commit="a" * 40)
+    put_on_hub(hub, "org/flat", Path(tiny_sd) / "unet", commit="b" * 40)
+    for repo, commit, subfolder in (("org/nested", "a", "unet"), ("org/flat", "b", None)):
+        model: Any = load_model("sd", tiny_sd, unet=repo, revision="v2", variant="fp16")
+        assert model.parts.source("unet") == (repo, subfolder, commit * 40)
+        identity = {"hub": repo, "part": "unet", "commit": commit * 40, "variant": None}
+        assert model.parts.identity("unet") == identity
+        assert model.network
 
 
 def test_another_family(tiny_sd: str, tiny_sdxl: str) -> None:
