@@ -87,6 +87,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     return content
 
 
+def withdraw_manifest(folder: str | Path) -> None:
+    """Removes the manifest of a folder whose files are about to change: until they are whole it has none."""
+    (Path(folder) / FILE_NAME).unlink(missing_ok=True)
+
+
 @functools.cache
 def _versions() -> tuple[tuple[str, str], ...]:
     found = [("python", platform.python_version())]

@@ -74,6 +74,8 @@ def claim_folder(
     with files.folder_lock(folder):
         files.remove_leftovers(folder)
         refuse_other_run(folder, stage, same)  # again: it may have changed before the lock was ours
+        if same is None:
+            manifest.withdraw_manifest(folder)
         if same is None or not (folder / RECIPE).is_file():
             files.write_json(folder / RECIPE, {"stage": stage, "decides": same, "recipe": recipe})
         try:
@@ -97,6 +99,17 @@ def refuse_other_run(folder: Path, stage: str, same: Mapping[str, Any] | None) -
     if manifest.recipe_identity(before) != manifest.recipe_identity(same):
         changed = _difference(before, files.to_plain(same))
         raise UserError(f"out={folder} holds a run of another recipe ({changed}): choose another folder")
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Checks that a folder that is read is no stage's output, or complete.
+
+    Raises:
+        UserError: the stage that writes it was stopped, or is still at work.
+    """
+    if (folder / RECIPE).is_file() and not (folder / manifest.FILE_NAME).is_file():
+        stage = files.read_json(folder / RECIPE).get("stage")
+        raise UserError(f"{folder} is not complete: repeat the '{stage}' that writes it, to its end")
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.common import files
 from diffalign.common.errors import UserError
+from diffalign.stages._run import refuse_unfinished
 
 if TYPE_CHECKING:
     from diffalign.data.records import ImageRef
@@ -30,12 +31,14 @@ def read_image_rows(source: str | Path, *, limit: int | None = None) -> tuple[li
         limit: the first so many rows only.
 
     Raises:
-        UserError: nothing there, a row without picture, or an id that stands there twice; names the row.
+        UserError: nothing there, the output of a stage that was stopped, a row without picture, or an id that
+            stands there twice; names the row.
     """
     path = Path(source)
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give a number of pictures of at least 1, or leave it out")
     found = next((path / name for name in ROW_FILES if (path / name).is_file()), path)
+    refuse_unfinished(found if found.is_dir() else found.parent)
     if found.is_dir():
         return _picture_files(found)[:limit], found
     if not found.is_file():

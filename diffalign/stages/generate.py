@@ -242,19 +242,19 @@ def _model_label(path: str, uses: dict[str, AdapterUse]) -> str:
 
 def _finished_rows(folder: Path, jobs: list[Job]) -> set[str]:
     """Returns the pictures that are there with their rows; rows without a picture leave the file."""
-    from diffalign.common import files
+    from diffalign.common import files, manifest
 
     path = folder / ROWS
     files.trim_torn_tail(path)
     (folder / PICTURES).mkdir(exist_ok=True)
     files.remove_leftovers(folder / PICTURES)
-    if not path.exists():
-        return set()
-    rows = files.read_jsonl(path)
+    rows = files.read_jsonl(path) if path.exists() else []
     wanted = {job.image for job in jobs}
     kept = {
         row["image"]: row for row in rows if row.get("image") in wanted and (folder / row["image"]).is_file()
     }
+    if len(kept) < len(jobs):
+        manifest.withdraw_manifest(folder)
     if len(kept) < len(rows):
         files.write_jsonl(path, kept.values())
     return set(kept)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffalign.common.config import resolved_recipe
 from diffalign.common.errors import UserError, unknown
-from diffalign.stages._run import claim_folder
+from diffalign.stages._run import claim_folder, refuse_unfinished
 
 if TYPE_CHECKING:
     from diffalign.data.records import Candidate, Record
@@ -78,6 +78,7 @@ def pair(
     same = {**decides, "by": name, "images": files.file_identity(path)}
     with claim_folder(out, stage="pair", recipe=recipe, same=same):
         target = Path(out) / PREFERENCES
+        manifest.withdraw_manifest(out)
         write_records(target, records)
         manifest.write_manifest(
             out,
@@ -272,6 +273,7 @@ def _scores_file(path: Path) -> Path:
     found = path / SCORES if path.is_dir() else path
     if not found.is_file():
         raise UserError(f"images={path}: no file {found}; give the {SCORES} of diffalign score or its folder")
+    refuse_unfinished(found.parent)
     return found
 
 

@@ -69,6 +69,8 @@ def score(
         files.trim_torn_tail(path)
         done = {str(row["id"]) for row in files.read_jsonl(path)} if path.exists() else set()
         missing = [row for row in rows if str(row["id"]) not in done]
+        if missing:
+            manifest.withdraw_manifest(folder)
         with Progress("score", len(rows), "pictures", initial=len(rows) - len(missing)) as progress:
             for batch in _scoring.score_batches(missing, source, ready, batch_size=batch_size):
                 files.append_jsonl(path, [_scoring.relative_to(row, source, folder) for row in batch])

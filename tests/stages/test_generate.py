@@ -14,7 +14,7 @@ from diffalign.common.config import load_recipe
 from diffalign.common.errors import UserError
 from diffalign.common.files import read_jsonl
 from diffalign.common.manifest import read_manifest
-from diffalign.models.sdxl import Plugin
+from diffalign.models.sdxl import SDXL, Plugin
 from diffalign.stages.generate import AdapterUse, generate
 
 FAST = {"num_inference_steps": 2, "batch_size": 2, "device": "cpu"}
@@ -102,7 +102,11 @@ def test_a_killed_run_goes_on_and_ends_equal(drawn, model, tmp_path):
     assert read_manifest(out)["counts"] == {"prompts": 2, "seeds": 2, "pictures": 4, "found": 1}
 
 
-def test_a_complete_run_says_so_and_a_removed_picture_comes_back(drawn, model, tmp_path, capsys):
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_complete_run_says_so_and_a_removed_picture_comes_back(drawn, model, tmp_path, capsys, monkeypatch):
     out = tmp_path / "complete"
     shutil.copytree(drawn, out)
     same = {"model": model, "prompts": ["a cat", "a dog"], "seeds": [0, 5], "out": str(out), **FAST}
@@ -111,6 +115,10 @@ def test_a_complete_run_says_so_and_a_removed_picture_comes_back(drawn, model, t
     assert "is complete: 4 pictures" in capsys.readouterr().err
     assert (out / "manifest.json").stat().st_mtime_ns == stamp
     (out / "images" / "prompt-00001-s5.png").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SDXL, "generate", interrupted)
+        generate(**same)
+    assert read_manifest(out) is None  # the folder is not whole, and says so
     generate(**same)
     expected = pixels(drawn)["images/prompt-00001-s5.png"]
     assert (pixels(out)["images/prompt-00001-s5.png"] == expected).all()

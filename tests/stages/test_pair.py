@@ -216,6 +216,14 @@ def test_the_same_again_is_fine_and_another_recipe_is_refused(tmp_path: Path) ->
     assert (tmp_path / "pairs" / "preferences.jsonl").read_bytes() == before
 
 
+def test_half_of_the_scores_make_no_pairs(tmp_path: Path) -> None:
+    write(tmp_path / "scored")
+    (tmp_path / "scored" / "recipe.json").write_text('{"stage": "score"}')
+    with pytest.raises(UserError, match="scored is not complete: repeat the 'score' that writes it"):
+        run(tmp_path)
+    assert not (tmp_path / "pairs").exists()
+
+
 def test_another_stages_folder_is_left_alone(tmp_path: Path) -> None:
     write(tmp_path / "scored")
     (tmp_path / "pairs").mkdir()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from diffalign.common import files
+from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.stages import _folder
-from diffalign.stages._run import claim_folder, earlier_run
+from diffalign.stages._run import claim_folder, earlier_run, refuse_unfinished
 
 STAGES = ("check", "generate", "score", "pair", "evaluate")
 
@@ -59,6 +59,21 @@ def test_an_error_before_the_first_row_leaves_no_new_folder(error: Exception, tm
             (out / name).write_text("")
             raise error
         assert (tmp_path / name).exists() == kept
+
+
+def test_a_folder_without_a_manifest_is_not_complete(tmp_path: Path) -> None:
+    refuse_unfinished(tmp_path)  # somebody's own pictures
+    with claim_folder(tmp_path, stage="generate", recipe={}, same={}):
+        with pytest.raises(UserError, match=r"is not complete: repeat the 'generate' that writes it"):
+            refuse_unfinished(tmp_path)
+        manifest.write_manifest(tmp_path, stage="generate", recipe={})
+    refuse_unfinished(tmp_path)
+
+
+def test_a_report_that_is_replaced_has_no_manifest_meanwhile(tmp_path: Path) -> None:
+    manifest.write_manifest(tmp_path, stage="evaluate", recipe={})
+    with claim_folder(tmp_path, stage="evaluate", recipe={}):
+        assert manifest.read_manifest(tmp_path) is None
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

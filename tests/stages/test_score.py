@@ -116,6 +116,15 @@ def test_a_killed_run_goes_on(pictures, tmp_path):
     assert read_manifest(out)["counts"]["pictures"] == 3
 
 
+def test_the_output_of_a_stopped_stage_is_not_scored(pictures, tmp_path):
+    (pictures / "recipe.json").write_text('{"stage": "generate"}')
+    for source in (pictures, pictures / "images.jsonl"):
+        with pytest.raises(UserError, match="drawn is not complete: repeat the 'generate'"):
+            run(source, tmp_path / "out")
+    (pictures / "manifest.json").write_text('{"stage": "generate"}')
+    assert len(run(pictures, tmp_path / "out")) == 3
+
+
 def test_a_folder_of_pictures_with_texts(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -171,7 +180,7 @@ def test_another_run_in_the_folder_is_refused(pictures, tmp_path):
     run(pictures, tmp_path / "out")
     with pytest.raises(UserError, match="another recipe"):
         run(pictures, tmp_path / "out", scorers={"scene": {"scale": "accurate"}})
-    (pictures / "recipe.json").write_text('{"stage": "generate"}')
+    (pictures / "manifest.json").write_text('{"stage": "generate"}')
     with pytest.raises(UserError, match="holds the output of 'generate'"):
         run(pictures, pictures)
 
