@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
 
 from diffalign.common import plugins
 from diffalign.common.manifest import versions
+from diffalign.models._parts import Source, own_source
 from diffalign.models._spec import ModelSpec
+
+_OWN_CLASSES = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+_HERE = "path/to/this/folder"
 
 
 def model_card(
@@ -63,17 +68,28 @@ base its effect is not known.
 
 
 def _snippet(recipe: dict[str, Any]) -> str:
+    """Python code that loads the run's base, in the precision of its files, and what was trained."""
     model = {key: value for key, value in recipe["model"].items() if key != "name"}
     spec: ModelSpec = plugins.get("models", recipe["model"]["name"])(**model)
-    pipeline, path = spec.pipeline_name, spec.path
-    if recipe["adapter"]["kind"] == "lora":
-        return f"""from diffusers import {pipeline}
+    is_lora = recipe["adapter"]["kind"] == "lora"
+    own = {name: own_source(getattr(spec, name), name) for name in _OWN_CLASSES if getattr(spec, name)}
+    if not is_lora:
+        own["unet"] = Source(_HERE, "unet")
+    classes = sorted([spec.pipeline_name, *(_OWN_CLASSES[name] for name in own)])
+    lines = [f"from diffusers import {', '.join(classes)}", ""]
+    for name, (path, subfolder, _) in own.items():
+        lines.append(
+            f"{name} = {_OWN_CLASSES[name]}.from_pretrained({_arguments(path, subfolder=subfolder)})"
+        )
+    options = _arguments(spec.path, revision=spec.revision, variant=spec.variant)
+    given = "".join(f", {name}={name}" for name in own)
+    lines.append(f"pipeline = {spec.pipeline_name}.from_pretrained({options}{given})")
+    if is_lora:
+        lines.append(f"pipeline.load_lora_weights({_arguments(_HERE)})")
+    return "\n".join([*lines, 'image = pipeline("a prompt").images[0]'])
 
-pipeline = {pipeline}.from_pretrained("{path}")
-pipeline.load_lora_weights("path/to/this/folder")
-image = pipeline("a prompt").images[0]"""
-    return f"""from diffusers import {pipeline}, UNet2DConditionModel
 
-unet = UNet2DConditionModel.from_pretrained("path/to/this/folder", subfolder="unet")
-pipeline = {pipeline}.from_pretrained("{path}", unet=unet)
-image = pipeline("a prompt").images[0]"""
+def _arguments(path: str, **options: str | None) -> str:
+    """The words of a call, texts in double quotes; what is None is left out."""
+    words = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return ", ".join([json.dumps(path), *words])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from diffalign.common import plugins
+from diffalign.common import draws, plugins
+from diffalign.models import load_model
+from diffalign.models._spec import AdapterSpec
+from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.training.card import model_card
+from tests.tiny_training import perturb
 
 
 def card(model: dict[str, Any], *, kind: str = "lora") -> str:
@@ -26,6 +32,29 @@ def code(text: str) -> str:
 
 @pytest.mark.parametrize("name", plugins.names("models"))
 def test_every_backbone_names_its_own_pipeline(name: str) -> None:
-    pipeline = plugins.get("models", name).pipeline_name
+    backbone: Any = plugins.get("models", name)
     source = code(card({"name": name, "path": "org/base"}))
-    assert f'pipeline = {pipeline}.from_pretrained("org/base")' in source
+    assert f'pipeline = {backbone.pipeline_name}.from_pretrained("org/base")' in source
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_code_draws_the_picture_of_the_recipe(kind: Any, tiny_sdxl: str, tmp_path: Path) -> None:
+    """With a VAE and a UNet of one's own, each by itself or in the folder above it: bit for bit."""
+    other = SDXL.tiny(tmp_path / "other", seed=1).path
+    options: dict[str, Any] = {"vae": f"{other}/vae", "unet": other}
+    model: Any = load_model("sdxl", tiny_sdxl, **options)
+    model.start_training(AdapterSpec(kind=kind, rank=2), seed=0, with_reference=False)
+    perturb(model.denoiser.trainable_parameters(), 0.1)
+    model.save_adapter(str(tmp_path / "trained"))
+    model.network.eval()
+    (ours,) = model.generate(["a ring"], [0], num_inference_steps=1)
+    source = code(card({"name": "sdxl", "path": tiny_sdxl, **options}, kind=kind))
+    scope: dict[str, Any] = {"noise": draws.normal((1, 4, 16, 16), "initial", "a ring", 0)}
+    source = source.replace("path/to/this/folder", str(tmp_path / "trained"))
+    exec(source.replace('"a prompt"', '"a ring", num_inference_steps=1, latents=noise'), scope)
+    assert np.array_equal(np.asarray(scope["image"]), np.asarray(ours))
+
+
+def test_revision_and_variant_are_named() -> None:
+    source = code(card({"name": "sd", "path": "org/base", "revision": "v2", "variant": "fp16"}))
+    assert 'from_pretrained("org/base", revision="v2", variant="fp16")' in source
