@@ -126,7 +126,7 @@ def elbo_weight(process: Process, t_B: Tensor) -> tuple[Tensor, ErrorSpace]:
 
 @torch.no_grad()
 def elbo(denoiser: Denoiser, latents: Tensor, cond: Conditioning, draws: list[Draws]) -> Tensor:
-    """`[B]` float64 estimate of the evidence lower bound in nats under the selected policy.
+    """`[B]` float64 estimate, on the CPU, of the evidence lower bound in nats under the selected policy.
 
     Minus (T - 1) times the mean over draws of the weighted, summed squared error; unbiased for the diffusion
     terms when each draw's t is uniform on 1..T-1. The t = 0 reconstruction term and the prior term KL(q(x_T)
@@ -139,9 +139,9 @@ def elbo(denoiser: Denoiser, latents: Tensor, cond: Conditioning, draws: list[Dr
         draws: one entry a draw, each with t in 1..T-1.
     """
     num_elements = latents[0].numel()
-    total = torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
+    total = torch.zeros(len(latents), dtype=torch.float64)
     for draw in draws:
-        weight, space = elbo_weight(denoiser.process, draw.t)
+        weight, space = elbo_weight(denoiser.process, draw.t.cpu())  # not every device has float64
         terms = denoising_terms(denoiser, latents, cond, draw, reference=False, error_space=space)
-        total += weight * num_elements * terms.err.double()
+        total += weight * num_elements * terms.err.cpu().double()
     return -(denoiser.process.num_timesteps - 1) * total / len(draws)

@@ -26,6 +26,11 @@ def expand(values_B: Tensor, like: Tensor) -> Tensor:
     return values_B.reshape(-1, *([1] * (like.ndim - 1)))
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which refuse to hold anything longer."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Process:
     """A discrete diffusion process of `T` steps; t = 0 is the least noisy.
@@ -72,10 +77,14 @@ class Process:
         return len(self.alphas)
 
     def alpha_sigma(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """`(alpha, sigma)`, each `[B]` float64 on the device of `t_B` (integer timesteps in `[0, T)`)."""
+        """`(alpha, sigma)`, each `[B]` on the device of `t_B` (integer timesteps in `[0, T)`).
+
+        float64, or what `exact_dtype` says of the device; likewise for all that is made of them here.
+        """
         device = t_B.device
         if device not in self._moved:
-            self._moved[device] = (self.alphas.to(device), self.sigmas.to(device))
+            exact = exact_dtype(device)
+            self._moved[device] = (self.alphas.to(device, exact), self.sigmas.to(device, exact))
         alphas, sigmas = self._moved[device]
         return alphas[t_B], sigmas[t_B]
 

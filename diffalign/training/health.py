@@ -44,7 +44,7 @@ class Health:
 
     def report(self) -> dict[str, float | dict[str, dict[str, float]]]:
         """Means since the last report, overall and by timestep range ("0-249": {...}); empties the store."""
-        rows = {name: torch.cat(values).double().cpu() for name, values in self._rows.items()}
+        rows = {name: torch.cat(values).cpu().double() for name, values in self._rows.items()}
         result: dict[str, float | dict[str, dict[str, float]]] = {}
         result.update(_summary(rows))
         if self._grad_norms:

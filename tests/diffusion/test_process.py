@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 
 from diffalign.common.errors import UserError
-from diffalign.diffusion.process import PREDICTIONS, Process, expand, rescale_zero_terminal_snr
+from diffalign.diffusion.process import PREDICTIONS, Process, exact_dtype, expand, rescale_zero_terminal_snr
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -195,3 +195,11 @@ def test_results_have_the_dtype_of_the_latents(dtype: torch.dtype) -> None:
 def test_processes_of_other_kinds_are_refused(scheduler: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Process.from_scheduler(scheduler)
+
+
+def test_scales_are_as_exact_as_the_device_allows() -> None:
+    """torch refuses to move float64 to Apple's GPUs, which accelerate chooses where there is one."""
+    kinds = {device: exact_dtype(torch.device(device)) for device in ("cpu", "cuda:1", "mps")}
+    assert kinds == {"cpu": torch.float64, "cuda:1": torch.float64, "mps": torch.float32}
+    alpha, sigma = of_scheduler("epsilon").alpha_sigma(torch.tensor([10, 20]))
+    assert alpha.dtype == sigma.dtype == torch.float64
