@@ -110,11 +110,11 @@ class EncodedSet:
 def encode_pairs(
     pairs: Iterable[Pair], encoder: Encoder, spec: PreprocessSpec, *, unit: str, seed: int
 ) -> EncodedSet:
-    """The pairs as examples of `unit`: "pair", or "single" with the preferred image of each decided pair.
+    """The pairs as examples of `unit`: "pair", or "single" with the preferred image of each pair.
 
     Raises:
-        UserError: another unit, a picture whose latents are not finite (named by row id), or more data than
-            the memory limit.
+        UserError: another unit, a tie among single examples, a picture whose latents are not finite (named by
+            row id), or more data than the memory limit.
     """
     if unit not in UNITS:
         raise UserError(f"this objective trains on units of {unit!r}, the data has pairs: choose another one")
@@ -125,7 +125,10 @@ def encode_pairs(
     examples: list[Example] = []
     for pair in pairs:
         if unit == "single" and pair.target == 0.5:
-            continue
+            raise UserError(
+                f"{pair.record.id} is a tie, and this objective trains on the preferred picture of a pair: "
+                "use data.ties=drop"
+            )
         pictures = list(pair.images if unit == "pair" else (pair.images[0 if pair.target > 0.5 else 1],))
         placement = place(pictures, sizes, spec, seed, pair.record.id)
         rows, conditions = [], []
@@ -150,9 +153,7 @@ def encode_pairs(
         )
     store.flush()
     if not examples:
-        raise UserError(
-            "no example is left after dropping ties: check what the data holds with `diffalign check`"
-        )
+        raise UserError("no pair is left to train on: see what the data holds with `diffalign check`")
     prompt_rows = {
         prompt: row for row, prompt in enumerate(dict.fromkeys(example.prompt for example in examples))
     }

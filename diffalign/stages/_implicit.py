@@ -39,7 +39,7 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source,
     accelerator = accelerator_for(recipe["precision"])
     backbone = model.load(str(accelerator.device))
     backbone.load_policy(recipe["adapter"])
-    pairs = data.usable_pairs(limit=recipe["limit"])
+    pairs = data.usable_pairs(limit=recipe["limit"], ties="drop")
     encoded = encode_pairs(pairs, backbone, preprocess, unit="pair", seed=0)
     backbone.drop_encoders()
     judgements = []

@@ -98,7 +98,7 @@ def test_per_image_size_conditioning_is_for_single_images(encoder: Any) -> None:
 
 
 def test_single_examples_are_the_preferred_pictures(encoder: Any) -> None:
-    pairs = [make_pair("a"), make_pair("b", target=0.2), make_pair("tie", target=0.5)]
+    pairs = [make_pair("a"), make_pair("b", target=0.2)]
     encoded = encode(pairs, encoder, unit="single")
     assert [example.id for example in encoded.examples] == ["a", "b"]
     assert [example.target for example in encoded.examples] == [None, None]
@@ -106,8 +106,10 @@ def test_single_examples_are_the_preferred_pictures(encoder: Any) -> None:
     for single, (row, side) in zip(encoded.examples, ((0, 0), (1, 1)), strict=True):
         wanted = both.means[both.examples[row].images[side]]
         assert torch.allclose(encoded.means[single.images[0]], wanted, atol=1e-5)
-    with pytest.raises(UserError, match="no example is left after dropping ties"):
-        encode([make_pair("tie", target=0.5)], encoder, unit="single")
+    with pytest.raises(UserError, match=r"tie is a tie, .*: use data\.ties=drop"):
+        encode([*pairs, make_pair("tie", target=0.5)], encoder, unit="single")
+    with pytest.raises(UserError, match="no pair is left to train on"):
+        encode([], encoder, unit="single")
 
 
 def test_latents_that_are_not_finite_name_their_row(tiny_sdxl: str) -> None:

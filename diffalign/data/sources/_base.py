@@ -72,10 +72,19 @@ class Source:
             subset = f" with a caption of data.prompts={self.prompts}" if wanted is not None else ""
             raise UserError(f"data.path={self.path} has no rows{subset}")
 
-    def usable_pairs(self, *, limit: int | None = None) -> UsablePairs:
-        """Returns the usable pairs under `ties` and `max_bad_share`; `limit` counts pairs, not rows."""
+    def usable_pairs(
+        self, *, limit: int | None = None, ties: Literal["drop", "soft"] | None = None
+    ) -> UsablePairs:
+        """Returns the usable pairs under `ties` (None: the source's own) and `max_bad_share`.
+
+        `limit` counts pairs, not rows.
+        """
         return UsablePairs(
-            self.records(), ties=self.ties, max_bad_share=self.max_bad_share, limit=limit, what=self.path
+            self.records(),
+            ties=ties or self.ties,
+            max_bad_share=self.max_bad_share,
+            limit=limit,
+            what=self.path,
         )
 
     def wanted_prompts(self) -> frozenset[str] | None:
