@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, brief
 from diffalign.common.manifest import recipe_identity
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze, without_requires_grad
 from diffalign.diffusion.process import Process
@@ -99,7 +99,7 @@ class UNetModel:
                 network.enable_xformers_memory_efficient_attention()
             except (ImportError, ModuleNotFoundError, ValueError) as error:
                 raise UserError(
-                    f"model.attention=xformers: {str(error).splitlines()[0]}; install diffalign[xformers] on "
+                    f"model.attention=xformers: {brief(error)}; install diffalign[xformers] on "
                     "a GPU machine, or use model.attention=sdpa"
                 ) from error
         if self.spec.gradient_checkpointing:

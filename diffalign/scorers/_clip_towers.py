@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffalign.common import files
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError, brief, unknown
 from diffalign.scorers._clip_pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -207,7 +207,7 @@ def _build_open_clip(
                 "convert them to safetensors"
             ) from error
         except Exception as error:  # a torn file, a foreign architecture: libraries agree on no type
-            raise UserError(f"clip weights {name} do not load: {short(error)}") from error
+            raise UserError(f"clip weights {name} do not load: {brief(error)}") from error
     return _open_clip_towers(model, tokenizer, name, identity)
 
 
@@ -222,7 +222,7 @@ def _openai_archive(path: Path) -> Towers:
         try:
             model = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
         except Exception as error:
-            raise UserError(f"{path} is no CLIP archive of OpenAI's: {short(error)}") from error
+            raise UserError(f"{path} is no CLIP archive of OpenAI's: {brief(error)}") from error
     return _open_clip_towers(model, open_clip.get_tokenizer("ViT-B-32"), path.stem, content_of(path))
 
 
@@ -289,7 +289,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             raise UserError(
-                f"clip weights '{repo}' are no local folder and the hub does not give them: {short(error)}"
+                f"clip weights '{repo}' are no local folder and the hub does not give them: {brief(error)}"
             ) from error
     return Path(snapshot_download(repo, revision=revision, allow_patterns=hub_files(listing)))
 
@@ -327,12 +327,6 @@ def content_of(*paths: Path) -> str:
     """Returns a short name of the content of some files (12 hex digits)."""
     identities = [files.file_identity(path) for path in paths]
     return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def short(error: BaseException) -> str:
-    """Returns an error's message as one line of bearable length (a state dict's mismatch lists every key)."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from diffalign.common import files
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, brief
 from diffalign.scorers._clip_pixels import Preprocess
-from diffalign.scorers._clip_towers import Towers, check_end_token, short
+from diffalign.scorers._clip_towers import Towers, check_end_token
 
 LEGACY_END = 2
 """The end token's id in old configs: transformers then looks for the largest id instead."""
@@ -47,7 +47,7 @@ def transformers_folder(folder: Path, identity: str) -> Towers:
             )
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # a torn file, a foreign architecture: libraries agree on no type
-        raise UserError(f"clip weights {folder} do not load: {short(error)}") from error
+        raise UserError(f"clip weights {folder} do not load: {brief(error)}") from error
     # transformers fills missing weights with random numbers and only warns: scores of those would be noise.
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     if missing:
