@@ -42,7 +42,6 @@ SUMMARIES = {
     "demo": "walk through all of it with an embedded tiny model",
 }
 
-_PLUG_INS = {"model", "data", "objective", "scorers"}
 OPTIONS = {
     "--config FILE": "read keys from a YAML file; key=value words are stronger",
     "--dry-run": "print the resolved recipe as YAML and stop; nothing is loaded or written",
@@ -125,7 +124,7 @@ def _run(command: _Command) -> int:
 
     if command.help:
         rows = config.help_rows(function, command.config, command.overrides)
-        print(_verb_help(command.verb, documentation, rows))
+        print(_verb_help(command.verb, documentation, rows, config.plug_in_keys(function)))
         return 0
     recipe = config.load_recipe(function, command.config, command.overrides)
     if command.dry_run:
@@ -233,7 +232,9 @@ def _general_help() -> str:
     ).rstrip()
 
 
-def _verb_help(verb: str, documentation: str, rows: Sequence[tuple[str, str, str, str]]) -> str:
+def _verb_help(
+    verb: str, documentation: str, rows: Sequence[tuple[str, str, str, str]], plug_ins: Sequence[str]
+) -> str:
     """Returns the help of a verb: what it does, its keys, the options, and examples at the end."""
     text, _, examples = textwrap.dedent(documentation).strip().partition("Examples:")
     described = []
@@ -246,9 +247,9 @@ def _verb_help(verb: str, documentation: str, rows: Sequence[tuple[str, str, str
         "Keys:\n" + _key_table(described),
         "Options:\n" + _table(list(OPTIONS.items())[:3]),
     ]
-    plug_ins = [f"{key}=NAME" for key, _, _, _ in rows if key in _PLUG_INS]
     if plug_ins:
-        parts.insert(3, f"For the keys of a plug-in name it: diffalign {verb} {' '.join(plug_ins)} --help")
+        words = " ".join(f"{key}=NAME" for key in plug_ins)
+        parts.insert(3, f"For the keys of a plug-in name it: diffalign {verb} {words} --help")
     shown = textwrap.indent(textwrap.dedent(examples.strip("\n")), "  ") if examples.strip() else ""
     parts.append("Examples:\n" + (shown or f"  diffalign {verb} --dry-run"))
     return "\n\n".join(parts)

@@ -272,3 +272,11 @@ def test_keys_of_a_model() -> None:
     for name in plugins.names("models"):
         fields = _schema.Section.of_class(name, plugins.get("models", name)).keys
         assert {"path", "dtype", "revision", "variant", "vae"} <= set(fields)
+
+
+def test_help_names_every_argument_that_takes_a_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--help"]) == 0
+    assert (
+        "name it: diffalign evaluate scorers=NAME embedder=NAME model=NAME data=NAME --help"
+        in capsys.readouterr().out
+    )

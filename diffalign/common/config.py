@@ -26,7 +26,17 @@ from diffalign.common._choices import Choice, Source, Word, expand, label_of, pa
 from diffalign.common._schema import Key, Many, One, Section
 from diffalign.common.errors import UserError, brief, unknown
 
-__all__ = ["Many", "One", "Recipe", "help_rows", "load_recipe", "make_many", "make_one", "resolved_recipe"]
+__all__ = [
+    "Many",
+    "One",
+    "Recipe",
+    "help_rows",
+    "load_recipe",
+    "make_many",
+    "make_one",
+    "plug_in_keys",
+    "resolved_recipe",
+]
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,11 @@ def help_rows(
             shown = root.keys[name]
         rows.extend(_rows(shown, name))
     return rows
+
+
+def plug_in_keys(function: Callable[..., Any]) -> list[str]:
+    """Returns the arguments of a stage that take plug-ins."""
+    return [name for name, key in _schema.keys_of(function).items() if key.plugin is not None]
 
 
 def _rows(key: Key, path: str) -> list[tuple[str, str, str, str]]:
