@@ -19,6 +19,7 @@ Examples:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,31 +65,32 @@ def evaluate(
         out: folder for the report; an earlier report there is replaced.
         mode: images: compare the pictures of `base` and `aligned`; implicit: compare the denoising errors of
             `adapter` and its base on the pairs of `data`.
-        base: pictures of the base model: output folder of score, or of generate with `scorers`.
-        aligned: pictures of the aligned model, of the same prompts and seeds.
-        scorers: score the pictures now; null: take the scores that are there.
-        embedder: a scorer with picture features, for embedding distance and diversity; null: the first of
-            `scorers` that has them.
-        limit: the first so many prompts only.
+        base: mode=images: pictures of the base model: output folder of score, or of generate with `scorers`.
+        aligned: mode=images: pictures of the aligned model, of the same prompts and seeds.
+        scorers: mode=images: score the pictures now; null: take the scores that are there.
+        embedder: mode=images: a scorer with picture features, for embedding distance and diversity; null: the
+            first of `scorers` that has them.
+        limit: the first so many prompts (mode=images) or pairs (mode=implicit) only.
         model: mode=implicit: the base.
         data: mode=implicit: preference pairs; ties are left out.
         adapter: mode=implicit: folder of the aligned LoRA or UNet.
         preprocess: mode=implicit: how pictures are fitted to the network.
         draws: mode=implicit: fixed, stratified (timestep, noise) draws a pair.
         precision: mode=implicit: of the forward passes.
-        tie_epsilon: scores that differ by at most this are a tie.
-        grid_rows: pairs in each column of the picture: biggest wins, random, biggest losses.
-        batch_size: pictures scored at a time.
-        device: auto | cpu | cuda | cuda:1 ...
-        seed: of the bootstrap and of the random pictures.
+        tie_epsilon: mode=images: scores that differ by at most this are a tie.
+        grid_rows: mode=images: pairs in each column of the picture: biggest wins, random, biggest losses.
+        batch_size: mode=images: pictures scored at a time.
+        device: mode=images: auto | cpu | cuda | cuda:1 ...
+        seed: mode=images: of the bootstrap and of the random pictures.
 
     Raises:
-        UserError: prompts or seeds of the two sides differ, scores are missing or not comparable, or `out`
-            holds something else.
+        UserError: a key that the mode does not read, prompts or seeds of the two sides differ, scores are
+            missing or not comparable, or `out` holds something else.
     """
     recipe = resolved_recipe(evaluate, locals())
     if mode not in MODES:
         raise unknown("mode of evaluate", mode, MODES)
+    _refuse_unread(recipe)
     return MODES[mode](recipe, {"scorers": scorers, "embedder": embedder, "model": model, "data": data})
 
 
@@ -168,6 +170,26 @@ MODES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Path]] = {
     "implicit": _implicit,
 }
 """mode -> what it does, given the resolved recipe and its plug-ins as they came."""
+
+READ_BY_ALL = ("out", "mode", "limit")
+READ_BY = {
+    "images": (
+        *("base", "aligned", "scorers", "embedder", "tie_epsilon"),
+        *("grid_rows", "batch_size", "device", "seed"),
+    ),
+    "implicit": ("model", "data", "adapter", "preprocess", "draws", "precision"),
+}
+"""mode -> the keys that it reads."""
+
+
+def _refuse_unread(recipe: dict[str, Any]) -> None:
+    """Raises UserError for a key that was changed, and that the mode does not read."""
+    mode = recipe["mode"]
+    parameters = inspect.signature(evaluate).parameters.values()
+    defaults = resolved_recipe(evaluate, {p.name: p.default for p in parameters if p.default is not p.empty})
+    for name, value in defaults.items():
+        if recipe[name] != value and name not in (*READ_BY_ALL, *READ_BY[mode]):
+            raise UserError(f"evaluate mode={mode} does not read {name}: leave it out")
 
 
 def as_json(report: Report, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from diffalign.common.config import load_recipe
 from diffalign.common.errors import UserError
 from diffalign.common.files import read_json, read_jsonl, write_jsonl
 from diffalign.common.manifest import read_manifest
+from diffalign.data.specs import PreprocessSpec
 from diffalign.scenes import Scene, SceneObject, caption, draw
-from diffalign.stages.evaluate import evaluate
+from diffalign.stages.evaluate import READ_BY, READ_BY_ALL, evaluate
 from diffalign.stages.score import score
 from tests.tiny_clip import write_open_clip
 
@@ -175,6 +177,28 @@ def test_bad_input_leaves_no_folder(sides, tmp_path, options, message):
         evaluate(**{**sides, "scorers": ["scene"], "out": str(tmp_path / "out"), "device": "cpu", **options})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [
+        ("images", {"adapter": "lora"}),
+        ("images", {"draws": 4}),
+        ("images", {"preprocess": PreprocessSpec(batch_size=2)}),
+        ("implicit", {"seed": 1}),
+        ("implicit", {"device": "cpu"}),
+        ("implicit", {"base": "pictures"}),
+    ],
+)
+def test_a_key_that_the_mode_does_not_read_is_refused(mode, option, tmp_path):
+    (name,) = option
+    with pytest.raises(UserError, match=f"evaluate mode={mode} does not read {name}: leave it out"):
+        evaluate(mode=mode, **option, out=str(tmp_path / "out"))
+
+
+def test_every_key_is_read_by_a_mode():
+    read = [*READ_BY_ALL, *READ_BY["images"], *READ_BY["implicit"]]
+    assert sorted(read) == sorted(inspect.signature(evaluate).parameters)
 
 
 def test_the_output_of_another_stage_is_not_replaced(sides, tmp_path):
