@@ -149,9 +149,9 @@ def objectives(arguments: argparse.Namespace) -> dict[str, Objective]:
 
 def preferences(out: Path, size: walk.Size, seed: int) -> Path:
     """Pictures of the training prompts, graded and paired; the folder of the pairs."""
-    picture_seeds = [seed * 1000 + k for k in range(size.pictures)]
-    scored = graded(out / "train", walk.train_prompts(size.train_prompts), picture_seeds, size)
-    walk.prefer(out / "pairs", scored)
+    walk.draw_drafts(out / "train", walk.train_prompts(size.train_prompts), size, seed=seed)
+    walk.grade(out / "train-graded", out / "train")
+    walk.prefer(out / "pairs", out / "train-graded")
     return out / "pairs"
 
 
