@@ -68,11 +68,13 @@ def fit(image: Image.Image, placement: Placement) -> tuple[Tensor, tuple[int, in
     height, width = placement.size
     scale = max(height / image.height, width / image.width)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if covering != image.size:
-        image = image.resize(covering, Image.Resampling.BICUBIC)
-    top = round(placement.crop[0] * (image.height - height))
-    left = round(placement.crop[1] * (image.width - width))
-    image = image.crop((left, top, left + width, top + height))
+    top = round(placement.crop[0] * (covering[1] - height))
+    left = round(placement.crop[1] * (covering[0] - width))
+    # Resized and cropped in one call: the covering picture of a thin strip would fill the memory.
+    across, down = image.width / covering[0], image.height / covering[1]
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    inside = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding may leave the picture
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=inside)
     if placement.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8)).permute(2, 0, 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from diffalign.common.errors import UserError
 from diffalign.data.buckets import Placement, PreprocessSpec, bucket_sizes, fit, place
@@ -116,6 +118,32 @@ def test_small_and_odd_pictures_fill_the_bucket() -> None:
     for size in ((1, 1), (3, 50), (7, 13), (33, 32)):
         pixels, _ = fit(picture(1, size), Placement((24, 40), (0.9, 0.9), flip=True))
         assert pixels.shape == (3, 24, 40) and pixels.min() >= 0.0 and pixels.max() <= 1.0
+
+
+def test_pixels_are_those_of_covering_and_cropping() -> None:
+    """In two steps, as by hand; rounding between the passes may differ by a grey level or two."""
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    source = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))
+    for size, crop in (((24, 40), (0.3, 0.6)), ((64, 64), (1.0, 1.0)), ((40, 24), (0.0, 0.5))):
+        height, width = size
+        scale = max(height / 70, width / 90)
+        covering = source.resize((round(90 * scale), round(70 * scale)), Image.Resampling.BICUBIC)
+        pixels, (top, left) = fit(source, Placement(size, crop, flip=False))
+        assert (top, left) == (
+            round(crop[0] * (covering.height - height)),
+            round(crop[1] * (covering.width - width)),
+        )
+        expected = np.asarray(covering.crop((left, top, left + width, top + height)), dtype=np.float32)
+        assert np.abs(pixels.permute(1, 2, 0).numpy() * 255 - expected).max() < 2.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+def test_a_thin_strip_does_not_fill_the_memory() -> None:
+    """8 x 2000 covers 1024 x 1024 as 1024 x 256,000: 1 GB, of which 4 MB are used."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels, corner = fit(Image.new("RGB", (8, 2000)), Placement((1024, 1024), (0.5, 0.5), flip=False))
+    assert pixels.shape == (3, 1024, 1024) and corner == (127488, 0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 @pytest.mark.parametrize(
