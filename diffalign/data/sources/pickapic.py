@@ -8,6 +8,7 @@ data.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -91,14 +92,18 @@ class Plugin(Source):
         total = sum(_footer(path).num_rows for path in self.files())
         return total if self.limit is None else min(total, self.limit)
 
+    @functools.cached_property
+    def commit(self) -> str:
+        """The commit of the hub data set: asked once, so that the rows and the manifest are of the same."""
+        if self.revision is not None and _COMMIT.match(self.revision):
+            return self.revision
+        return _hub_commit(self.path, self.revision)
+
     def data_inputs(self) -> dict[str, Path | str]:
-        """Returns what Source says; a hub data set is named by its commit, where the hub can be asked."""
+        """Returns what Source says; a hub data set is named by its commit."""
         if not self.on_hub:
             return super().data_inputs()
-        commit = (
-            self.revision if _COMMIT.match(self.revision or "") else _hub_commit(self.path, self.revision)
-        )
-        return {"pickapic": f"hub:{self.path}@{commit or self.revision or 'main'} split={self.split}"}
+        return {"pickapic": f"hub:{self.path}@{self.commit} split={self.split}"}
 
     def rows(self) -> Iterator[Record]:
         """Yields every row as a record, lazily; ids are `file.parquet:row` (`split:row` on a hub).
@@ -109,7 +114,7 @@ class Plugin(Source):
         """
         if self.on_hub:
             assert self.split is not None  # __post_init__
-            for index, row in enumerate(_hub_rows(self.path, self.split, self.revision)):
+            for index, row in enumerate(_hub_rows(self.path, self.split, self.commit)):
                 yield to_record(f"{self.split}:{index}", row)
             return
         shards = self._shards()
@@ -282,10 +287,7 @@ def _hub_rows(path: str, split: str, revision: str | None) -> Iterator[dict[str,
         names = list(features) or list(next(iter(stream)))
     except Exception as error:
         # Offline, unknown name, gated, unknown split: a dozen classes from four libraries.
-        reason = brief(error)
-        raise UserError(
-            f"data.path={path} is neither a file or folder here nor a hub data set that opens ({reason})"
-        ) from error
+        raise _does_not_open(path, error) from error
     check_columns(names, path)
     columns = [name for name in (*NEEDED, *OPTIONAL) if name in names]
     stream = stream.select_columns(columns)
@@ -304,14 +306,20 @@ def _hub_rows(path: str, split: str, revision: str | None) -> Iterator[dict[str,
         ) from error
 
 
-def _hub_commit(path: str, revision: str | None) -> str | None:
-    """Returns the commit that a revision stands for, or None when the hub cannot be asked."""
+def _hub_commit(path: str, revision: str | None) -> str:
+    """Returns the commit that a revision stands for now."""
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(path, revision=revision, timeout=10).sha
-    except Exception:  # the rows have been read; a missing commit in the manifest must not fail the run
-        return None
+        return str(HfApi().dataset_info(path, revision=revision, timeout=10).sha)
+    except Exception as error:
+        raise _does_not_open(path, error) from error
+
+
+def _does_not_open(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"data.path={path} is neither a file or folder here nor a hub data set that opens ({brief(error)})"
+    )
 
 
 def _split_of(path: Path) -> str | None:

@@ -304,10 +304,17 @@ def test_streaming_reader_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_hub_name_that_does_not_open_is_one_line() -> None:
-    with pytest.raises(UserError) as caught:  # the default ring is offline
-        next(Plugin("owner/pick", split="train").records())
-    text = str(caught.value)
-    assert text.startswith(
-        "data.path=owner/pick is neither a file or folder here nor a hub data set that opens ("
-    )
-    assert "\n" not in text
+    """Neither for its rows nor for its identity: a branch instead of a commit would be another one."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for ask in (
+        lambda: next(Plugin("owner/pick", split="train").records()),
+        lambda: next(Plugin("owner/pick", split="train", revision=commit).records()),
+        lambda: Plugin("owner/pick", split="train").inputs(),
+    ):
+        with pytest.raises(UserError) as caught:  # the default ring is offline
+            ask()
+        text = str(caught.value)
+        assert text.startswith(
+            "data.path=owner/pick is neither a file or folder here nor a hub data set that opens ("
+        )
+        assert "\n" not in text
