@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from diffalign.models._base import TRAINED
 from diffalign.models._spec import AdapterSpec
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+
+
+def check(network: Any, pipeline_class: Any, spec: AdapterSpec) -> None:
+    """Refuses what `add_fresh` and `add_from_file` would; a network without memory for weights will do."""
+    if spec.init is None:
+        add_fresh(network, replace(spec, dora=False), seed=0)  # DoRA needs weights to measure
+    else:
+        _read_trainable(pipeline_class, spec.init, network)
 
 
 def add_fresh(network: Any, spec: AdapterSpec, *, seed: int) -> None:
@@ -50,12 +59,7 @@ def add_from_file(network: Any, pipeline_class: Any, path: str, *, dropout: floa
     Raises:
         UserError: no such adapter, one for another architecture, or one that also changes the text encoders.
     """
-    state, alphas, metadata = read_adapter(pipeline_class, path, network)
-    if any(not key.startswith("unet.") for key in state):
-        raise UserError(
-            f"adapter.init {path} also changes the text encoders: only UNet adapters can be trained on; "
-            "merge it into the base first"
-        )
+    state, alphas, metadata = _read_trainable(pipeline_class, path, network)
     pipeline_class.load_lora_into_unet(state, alphas, network, adapter_name=TRAINED, metadata=metadata)
     for layer in _layers(network):
         if TRAINED in layer.lora_dropout:
@@ -67,6 +71,16 @@ def add_from_file(network: Any, pipeline_class: Any, path: str, *, dropout: floa
     with torch.no_grad():
         for key, tensor in adapter_state(network).items():
             tensor.copy_(exact[key])
+
+
+def _read_trainable(pipeline_class: Any, path: str, network: Any) -> tuple[dict[str, Tensor], Any, Any]:
+    state, alphas, metadata = read_adapter(pipeline_class, path, network)
+    if any(not key.startswith("unet.") for key in state):
+        raise UserError(
+            f"adapter.init {path} also changes the text encoders: only UNet adapters can be trained on; "
+            "merge it into the base first"
+        )
+    return state, alphas, metadata
 
 
 def add_frozen_copy(network: Any, name: str) -> None:

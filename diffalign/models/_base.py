@@ -93,6 +93,10 @@ class Model(Protocol):
         """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
         ...
 
+    def check_training(self, adapter: AdapterSpec) -> None:
+        """Refuses, before anything large is loaded, what `start_training` would refuse."""
+        ...
+
     def start_training(self, adapter: AdapterSpec, *, seed: int, with_reference: bool) -> None:
         """Sets up the "train" and "reference" policies of the denoiser."""
         ...

@@ -115,6 +115,14 @@ class Parts:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the {name} config of {source.path}: {brief(error)}") from error
 
+    def blueprint(self, name: str) -> Any:
+        """A diffusers part with every layer in place and no memory for weights."""
+        import diffusers
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            return getattr(diffusers, self.index[name][1]).from_config(self.config(name))
+
     def identity(self, name: str) -> dict[str, Any]:
         """What tells these weights from others: content of local files, or hub id and commit."""
         source = self.source(name)

@@ -237,6 +237,24 @@ class UNetModel:
 
     # Training
 
+    def check_training(self, adapter: AdapterSpec) -> None:
+        """Refuses what `start_training` would, without loading the network.
+
+        Raises:
+            UserError: precision, targets or the adapter to start from do not fit the base.
+        """
+        if adapter.kind == "full":
+            self._refuse_half_precision()
+        else:
+            _adapters.check(self.parts.blueprint("unet"), self.pipeline_class, adapter)
+
+    def _refuse_half_precision(self) -> None:
+        if self.spec.dtype != "fp32":
+            raise UserError(
+                f"adapter.kind=full with model.dtype={self.spec.dtype}: small updates are lost in half "
+                "precision; use model.dtype=fp32 (with precision=bf16 for speed)"
+            )
+
     def start_training(self, adapter: AdapterSpec, *, seed: int, with_reference: bool) -> None:
         """Sets up the policies "train" and "reference"; the reference is the policy as it is now.
 
@@ -247,11 +265,7 @@ class UNetModel:
         """
         denoiser, network = self.denoiser, self.network
         if adapter.kind == "full":
-            if self.spec.dtype != "fp32":
-                raise UserError(
-                    f"adapter.kind=full with model.dtype={self.spec.dtype}: small updates are lost in half "
-                    "precision; use model.dtype=fp32 (with precision=bf16 for speed)"
-                )
+            self._refuse_half_precision()
             if with_reference:
                 denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
             network.requires_grad_(True)

@@ -104,6 +104,7 @@ def _train(
     model: Model = spec.load(str(accelerator.device))
     base = model.fingerprint()
     settings.timesteps.check(model.process.num_timesteps)
+    model.check_training(settings.adapter)
     pairs = data.usable_pairs(limit=settings.limit)
     train_set, watch = _prepare(pairs, model, objective, settings, folder, accelerator)
     with files.folder_lock(folder):

@@ -200,6 +200,22 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        "adapter.targets=[to_z]",
+        "adapter.init=/nowhere",
+        "adapter.kind=full model.dtype=bf16",
+        "objective=sft validation.share=0.5",
+    ],
+)
+def test_what_the_recipe_alone_shows_is_said_before_a_picture_is_encoded(
+    more: str, tiny_sdxl: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(tiny_sdxl, pairs, tmp_path / "out", *more.split())) == 2
+    assert "encode" not in capsys.readouterr().err
+
+
 def test_held_out_pairs_that_are_all_ties_are_refused(
     tiny_sdxl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
