@@ -155,12 +155,21 @@ class Parts:
 
     def _load(self, name: str, source: Source) -> Any:
         library, class_name = self.index[name]
+        where = source.path if source.subfolder is None else f"{source.path} ({name})"
+        missing: list[str] = []
         try:
             cls = getattr(importlib.import_module(library), class_name)
             part = cls.from_pretrained(source.path, **self._options(name, cls, source))
+            if hasattr(cls, "parameters"):
+                part, report = part
+                missing = sorted(report["missing_keys"])
         except Exception as error:  # a torn file, an unknown class, no network: libraries agree on no type
-            where = source.path if source.subfolder is None else f"{source.path} ({name})"
             raise UserError(f"cannot load {where}: {brief(error)}") from error
+        if missing:  # both libraries would go on with random numbers in their place
+            raise UserError(
+                f"{where} lacks {len(missing)} weights of a {class_name}, e.g. {missing[0]}: "
+                "get the whole file"
+            )
         return part.to(self.device).eval().requires_grad_(False) if hasattr(cls, "parameters") else part
 
     def _options(self, name: str, cls: Any, source: Source) -> dict[str, Any]:
@@ -173,6 +182,7 @@ class Parts:
         if hasattr(cls, "parameters"):
             dtype = torch_dtype(self.spec.vae_dtype if name == "vae" else self.spec.dtype)
             options["torch_dtype" if is_diffusers else "dtype"] = dtype
+            options["output_loading_info"] = True
             if self._variant(source) is not None:
                 options["variant"] = self.spec.variant
         return options

@@ -220,3 +220,16 @@ def test_size_conditioning(tiny_sd: str, tiny_sdxl: str) -> None:
     pipeline = model.pipeline(*model.encoder_parts, "unet")
     theirs = pipeline._get_add_time_ids((1, 2), (3, 4), (5, 6), torch.float32, text_encoder_projection_dim=24)
     assert torch.equal(rows["time_ids"], theirs)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_weight_file_that_lacks_a_tensor(part: str, copied: Path) -> None:
+    """Both libraries would fill the hole with random numbers and go on."""
+    (path,) = (copied / part).glob("*.safetensors")
+    tensors = load_file(path)
+    gone = next(key for key in tensors if key.endswith(".weight") and tensors[key].ndim == 2)
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key != gone}, path, metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match="lacks 1 weights of a"):
+        use("sdxl", str(copied))
