@@ -108,8 +108,7 @@ def generate(
     """
     from diffalign.common import manifest
     from diffalign.common.progress import say
-    from diffalign.data.prompts import load_prompts, prompt_file
-    from diffalign.models._samplers import check_scheduler
+    from diffalign.data.prompts import load_prompts
     from diffalign.stages import _run
 
     recipe = resolved_recipe(generate, locals())
@@ -118,36 +117,58 @@ def generate(
     _check_settings(seeds, scheduler, guidance_scale, num_inference_steps, batch_size)
     asked = load_prompts(prompts, column=column, limit=limit)
     spec = make_one("models", model)
-    loaded = spec.load(_run.pick_device(device))
-    _check_size(loaded, height, width)
-    if scheduler is not None:
-        check_scheduler(scheduler, loaded.parts["scheduler"], num_inference_steps)
-    for use in uses.values():
-        loaded.load_adapter(use.path, weight=use.weight)
-    settings = {name: recipe[name] for name in SETTINGS}
-    same = {
-        "prompts": [[prompt.id, prompt.text] for prompt in asked],
-        "seeds": seeds,
-        "model": {**recipe["model"], "path": loaded.fingerprint()},
-        "adapters": {name: [_content(use.path), use.weight] for name, use in uses.items()},
-        **settings,
-    }
+    loaded = _load(spec, uses, recipe)
+    same = _deciding(recipe, asked, seeds, loaded, uses)
     jobs = [Job(prompt, seed, f"{PICTURES}/{prompt.id}-s{seed}.png") for prompt in asked for seed in seeds]
-    inputs: dict[str, Path | str] = {
-        "model": spec.path,
-        **{f"adapter {name}": use.path for name, use in uses.items()},
-    }
-    file = prompt_file(prompts) if isinstance(prompts, str) else None
-    if file is not None:  # a literal prompt stands in the recipe
-        inputs["prompts"] = file
     with _run.claim_folder(out, stage="generate", recipe=recipe, same=same) as folder:
+        settings = {name: recipe[name] for name in SETTINGS}
         found = _draw(loaded, jobs, folder, settings, {"model": _model_label(spec.path, uses)}, batch_size)
         if found == len(jobs) and manifest.read_manifest(folder) is not None:
             say(f"{folder} is complete: {found} pictures, nothing to do")
         else:
             counts = {"prompts": len(asked), "seeds": len(seeds), "pictures": len(jobs), "found": found}
+            inputs = _inputs(spec, uses, prompts)
             manifest.write_manifest(folder, stage="generate", recipe=recipe, inputs=inputs, counts=counts)
         return folder / ROWS
+
+
+def _load(spec: Any, uses: dict[str, AdapterUse], recipe: dict[str, Any]) -> Any:
+    """The model with its adapters, once size and scheduler are known to fit it."""
+    from diffalign.models._samplers import check_scheduler
+    from diffalign.stages import _run
+
+    loaded = spec.load(_run.pick_device(recipe["device"]))
+    _check_size(loaded, recipe["height"], recipe["width"])
+    if recipe["scheduler"] is not None:
+        check_scheduler(recipe["scheduler"], loaded.parts["scheduler"], recipe["num_inference_steps"])
+    for use in uses.values():
+        loaded.load_adapter(use.path, weight=use.weight)
+    return loaded
+
+
+def _deciding(
+    recipe: dict[str, Any], asked: list[Prompt], seeds: list[int], loaded: Any, uses: dict[str, AdapterUse]
+) -> dict[str, Any]:
+    """What must be equal for a run to be continued."""
+    return {
+        "prompts": [[prompt.id, prompt.text] for prompt in asked],
+        "seeds": seeds,
+        "model": {**recipe["model"], "path": loaded.fingerprint()},
+        "adapters": {name: [_content(use.path), use.weight] for name, use in uses.items()},
+        **{name: recipe[name] for name in SETTINGS},
+    }
+
+
+def _inputs(spec: Any, uses: dict[str, AdapterUse], prompts: str | list[str]) -> dict[str, Path | str]:
+    """What the manifest names: base, adapters, and the prompts' file (a literal prompt is in the recipe)."""
+    from diffalign.data.prompts import prompt_file
+
+    file = prompt_file(prompts) if isinstance(prompts, str) else None
+    return {
+        "model": spec.path,
+        **{f"adapter {name}": use.path for name, use in uses.items()},
+        **({} if file is None else {"prompts": file}),
+    }
 
 
 def _draw(

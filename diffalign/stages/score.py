@@ -76,18 +76,27 @@ def score(
                 files.append_jsonl(path, [_scoring.relative_to(row, source, folder) for row in batch])
                 progress.update(len(batch))
         scored = files.read_jsonl(path)
-        failed = {name: [str(row["id"]) for row in scored if name in row["errors"]] for name in ready}
-        manifest.write_manifest(
-            folder,
-            stage="score",
-            recipe=recipe,
-            inputs={"images": images},
-            counts={"pictures": len(rows), **{f"{name} NaN": len(ids) for name, ids in failed.items()}},
-            dropped={f"{name} NaN": ids for name, ids in failed.items() if ids},
-            extra={"scorers": {name: {"scale": s.scale, "version": s.version} for name, s in ready.items()}},
-        )
+        _close(folder, images, recipe, scored, ready)
     print(summary(scored, list(ready)))
     return path
+
+
+def _close(
+    folder: Path, images: str, recipe: dict[str, Any], scored: list[dict[str, Any]], ready: dict[str, Any]
+) -> None:
+    """Writes the manifest: how many pictures, and which ones a scorer had no value for."""
+    from diffalign.common import manifest
+
+    failed = {name: [str(row["id"]) for row in scored if name in row["errors"]] for name in ready}
+    manifest.write_manifest(
+        folder,
+        stage="score",
+        recipe=recipe,
+        inputs={"images": images},
+        counts={"pictures": len(scored), **{f"{name} NaN": len(ids) for name, ids in failed.items()}},
+        dropped={f"{name} NaN": ids for name, ids in failed.items() if ids},
+        extra={"scorers": {name: {"scale": s.scale, "version": s.version} for name, s in ready.items()}},
+    )
 
 
 def summary(rows: list[dict[str, Any]], names: list[str]) -> str:

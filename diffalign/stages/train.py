@@ -86,7 +86,7 @@ def train(
     model = make_one("models", model)
     data = make_one("data.sources", data)
     objective = make_one("objectives", objective)
-    _check_validation(objective, validation)
+    _check_unit(objective, data, validation)
     finished = _folder.finished(Path(out), recipe)
     return finished or _train(model, data, objective, settings, recipe, Path(out))
 
@@ -105,12 +105,13 @@ def _train(
     base = model.fingerprint()
     settings.timesteps.check(model.process.num_timesteps)
     model.check_training(settings.adapter)
+    inputs = data.inputs()
     pairs = data.usable_pairs(limit=settings.limit)
     train_set, watch = _prepare(pairs, model, objective, settings, folder, accelerator)
     with files.folder_lock(folder):
         for inside in (folder, folder / "samples"):
             files.remove_leftovers(inside)
-        identity = _folder.claim(folder, recipe, base, settings.adapter.init, data.inputs())
+        identity = _folder.claim(folder, recipe, base, settings.adapter.init, inputs)
         run = loop.Run(model, objective, train_set, folder, identity, accelerator, settings, watch)
         summary = loop.fit(run)
         counts = pairs.tally.counts()
@@ -119,7 +120,7 @@ def _train(
             folder,
             stage="train",
             recipe=recipe,
-            inputs=data.inputs(),
+            inputs=inputs,
             seed=settings.seed,
             counts=counts,
             dropped=pairs.tally.dropped,
@@ -128,8 +129,16 @@ def _train(
     return summary
 
 
-def _check_validation(objective: Objective, validation: ValidationSpec) -> None:
-    if validation.share > 0.0 and objective.unit != "pair":
+def _check_unit(objective: Objective, data: Any, validation: ValidationSpec) -> None:
+    """Refuses what an objective on single images cannot use."""
+    if objective.unit == "pair":
+        return
+    if data.ties == "soft":
+        raise UserError(
+            f"data.ties=soft needs pairs, objective={plugin_name(objective)} trains on {objective.unit} "
+            "images: use data.ties=drop"
+        )
+    if validation.share > 0.0:
         raise UserError(
             f"validation.share={validation.share:g} needs pairs, objective={plugin_name(objective)} trains "
             f"on {objective.unit} images: set validation.share=0"

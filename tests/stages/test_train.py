@@ -207,6 +207,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         "adapter.init=/nowhere",
         "adapter.kind=full model.dtype=bf16",
         "objective=sft validation.share=0.5",
+        "objective=sft data.ties=soft",
     ],
 )
 def test_what_the_recipe_alone_shows_is_said_before_a_picture_is_encoded(
