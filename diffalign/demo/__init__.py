@@ -38,7 +38,7 @@ def embedded(name: str) -> Path:
 
 def demo(
     *,
-    out: str = "diffalign-demo",
+    out: str | None = None,
     quick: bool = False,
     objective: Annotated[Any, One("objectives")] = None,
     seed: int = 0,
@@ -47,14 +47,16 @@ def demo(
     clause.
 
     Args:
-        out: folder of the demo, below the current one by default; every stage leaves its files in it.
+        out: folder of the demo; every stage leaves its files in it. null: diffalign-demo below the current
+            one, diffalign-demo-quick for the quick one.
         quick: a smaller walk, for a first look and for tests.
         objective: what is trained; null: Diffusion-DPO with the settings chosen for the tiny model.
-        seed: of prompts' order, pictures and training.
+        seed: of pictures and training; the prompts are the same in every demo.
     """
     recipe = resolved_recipe(demo, locals())
     chosen = None if objective is None else make_one("objectives", objective)
 
     from diffalign.demo.walk import QUICK, WHOLE, walk
 
-    return walk(Path(out), QUICK if quick else WHOLE, objective=chosen, seed=seed, recipe=recipe)
+    folder = Path(out or ("diffalign-demo-quick" if quick else "diffalign-demo"))
+    return walk(folder, QUICK if quick else WHOLE, objective=chosen, seed=seed, recipe=recipe)

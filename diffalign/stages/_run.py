@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,10 +36,9 @@ def earlier_run(folder: Path, stage: str) -> dict[str, Any] | None:
     """Returns what a run of the same stage, finished or not, said of itself in `folder`; None without one.
 
     Raises:
-        UserError: `folder` is a file, or holds the output of another stage.
+        UserError: `folder` cannot be one of ours, or holds the output of another stage.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={folder} is a file: give a folder")
+    _refuse_unusable(folder)
     found: dict[str, Any] | None = None
     for name in (manifest.FILE_NAME, RECIPE):
         if (folder / name).is_file():
@@ -47,6 +47,15 @@ def earlier_run(folder: Path, stage: str) -> dict[str, Any] | None:
                 theirs = (found or {}).get("stage")
                 raise UserError(f"out={folder} holds the output of '{theirs}': choose another folder")
     return found
+
+
+def _refuse_unusable(folder: Path) -> None:
+    """Says before hours of work that nothing can be written there."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"out={folder}: {nearest} is a file: give a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"out={folder}: {nearest} cannot be written to: choose another folder")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffalign.common.errors import UserError
-from diffalign.demo import embedded, walk
+from diffalign.demo import demo, embedded, walk
 from diffalign.scenes import is_held_out, parse
 
 SMALLEST = walk.Size(
@@ -88,3 +88,12 @@ def test_prompts_of_training_tuning_and_report_are_disjoint() -> None:
 def test_unknown_embedded_model_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'tiny-sdxl'"):
         embedded("tiny-sdx")
+
+
+def test_quick_and_whole_demo_do_not_share_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody should have to clean up between the first look and the whole demo."""
+    seen = []
+    monkeypatch.setattr(walk, "walk", lambda out, size, **rest: seen.append((out.name, size)) or {})
+    for quick in (True, False):
+        demo(quick=quick)
+    assert seen == [("diffalign-demo-quick", walk.QUICK), ("diffalign-demo", walk.WHOLE)]

@@ -80,3 +80,5 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file: give a folder"):
         earlier_run(tmp_path / "file", "check")
+    with pytest.raises(UserError, match=r"out=.*inside: .*file is a file: give a folder"):
+        earlier_run(tmp_path / "file" / "inside", "check")
