@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reporting
 
 from diffalign.common import files
 from diffalign.common.manifest import versions
@@ -90,6 +91,8 @@ def main() -> int:
     files.write_json(out / f"report-{tag(arguments, size)}.json", report)
     text = as_markdown(report)
     files.write_text(out / f"report-{tag(arguments, size)}.md", text)
+    if arguments.report:
+        files.write_text(arguments.report, text)
     print(text)
     return 0 if all(report["checks"].values()) else 1
 
@@ -120,6 +123,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True)
+    parser.add_argument("--report", default=None, help="also write the report to this file")
     parser.add_argument("--tune", action="store_true", help="use the tuning prompts")
     parser.add_argument("--prompts", type=int, default=250)
     parser.add_argument("--picture-seeds", type=int, default=2)
@@ -238,7 +242,11 @@ def compared(theirs: Rows, ours: Rows) -> dict[str, Any]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The tables for people."""
-    lines = ["| method | win rate | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
+    title = "The demo, on tuning prompts" if report["settings"]["tune"] else "The demo, on held-out prompts"
+    lines = reporting.head(title, "python scripts/accept_demo.py --out runs/accept-demo")
+    lines += ["Settings: " + ", ".join(f"{name} {value}" for name, value in shown(report).items()) + ".", ""]
+    lines += ["Each cell: the base's share, and the difference with its 95 % interval over prompts.", ""]
+    lines += ["| pictures | win rate | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
     for name, row in {**report["methods"], **report["without_training"]}.items():
         cells = [name, _interval(row["win_rate"])]
         cells += [f"{part['base']:.3f} {_signed(part['difference'])}" for part in row["parts"].values()]
@@ -249,9 +257,17 @@ def as_markdown(report: dict[str, Any]) -> str:
             f"{s['accuracy']:.3f} ({s['win_rate']:.3f}, {s['vendi']['ratio']:.3f})" for s in row["per_seed"]
         )
         lines.append(f"- {name}: {seeds}; base {report['base_accuracy']:.3f}")
-    lines += ["", "| bar | met |", "|---|---|"]
-    lines += [f"| {name} | {'yes' if met else 'NO'} |" for name, met in report["checks"].items()]
-    return "\n".join([*lines, ""])
+    seconds = ", ".join(f"{value:.0f}" for value in report["seconds_per_seed"])
+    lines += ["", f"Seconds of this start for each seed, all methods: {seconds}.", ""]
+    return "\n".join([*lines, *reporting.bars(report["checks"])])
+
+
+def shown(report: dict[str, Any]) -> dict[str, Any]:
+    """The settings for people: those of the script that are set, then those of the walk."""
+    hidden = ("out", "report")
+    return {
+        name: value for name, value in report["settings"].items() if value is not None and name not in hidden
+    }
 
 
 def _interval(value: dict[str, Any]) -> str:

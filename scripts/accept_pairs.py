@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reporting
 from PIL import Image
 
 from diffalign.common import draws, files
@@ -74,6 +75,8 @@ def main() -> int:
     files.write_jsonl(out / "rows.jsonl", rows)
     text = as_markdown(report)
     files.write_text(out / "report.md", text)
+    if arguments.report:
+        files.write_text(arguments.report, text)
     print(text)
     return 0 if all(report["checks"].values()) else 1
 
@@ -86,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", required=True, help="parquet file to learn from")
     parser.add_argument("--judge", required=True, help="parquet file to judge on")
     parser.add_argument("--out", required=True, help="folder of the runs")
+    parser.add_argument("--report", default=None, help="also write the report to this file")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--model", default=None, help="SDXL pipeline folder (default: the embedded tiny-sdxl)"
@@ -222,7 +226,13 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The tables for people."""
-    lines = [
+    lines = reporting.head(
+        "Diffusion-DPO on real pairs, judged by implicit accuracy on held-out ones",
+        "python scripts/accept_pairs.py --train TRAIN.parquet --judge VALIDATION.parquet --out runs/pairs",
+    )
+    settings = {k: v for k, v in report["settings"].items() if k not in ("train", "judge", "out", "report")}
+    lines += ["Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".", ""]
+    lines += [
         "| pairs | n | aligned | aligned, shuffled captions | lower error under base | sharper picture |",
         "|---|---|---|---|---|---|",
     ]
@@ -237,9 +247,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     dropped = {reason: len(ids) for reason, ids in report["dropped_in_train"].items()}
     seconds = ", ".join(f"{value:.0f}" for value in report["seconds_per_seed"].values())
     lines += ["", f"Seconds a seed: {seconds}. Rows dropped from training: {dropped}.", ""]
-    lines += ["| bar | met |", "|---|---|"]
-    lines += [f"| {name} | {'yes' if met else 'NO'} |" for name, met in report["checks"].items()]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *reporting.bars(report["checks"])])
 
 
 if __name__ == "__main__":

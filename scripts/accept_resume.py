@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reporting
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign.common import files
-from diffalign.common.manifest import versions
 from diffalign.data.records import Candidate, ImageRef, Record, write_records
 from diffalign.models.sdxl import Plugin as SDXL
 
@@ -250,29 +250,16 @@ def report(
     command: list[str], kills: list[Kill], checks: dict[str, bool], alone_seconds: float, seconds: float
 ) -> str:
     """The report as Markdown."""
-    used = ("python", "torch", "diffusers", "peft", "accelerate")
-    found = versions()
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
     recipe = " ".join(word for word in command[4:] if not word.split("=")[0].endswith("path"))
     lines = [
-        "# Resuming after SIGKILL",
-        "",
-        "`python scripts/accept_resume.py --out runs/resume`",
-        "",
-        f"Machine: {len(os.sched_getaffinity(0))} CPU cores, {gpu}; one thread a run. "
-        + ", ".join(f"{name} {found[name]}" for name in used if name in found)
-        + ".",
-        "",
-        f"Recipe: `diffalign train {recipe}` on {PAIRS} pairs in two sizes.",
+        *reporting.head("Resuming after SIGKILL", "python scripts/accept_resume.py --out runs/resume"),
+        f"One thread a run. Recipe: `diffalign train {recipe}` on {PAIRS} pairs in two sizes.",
         "",
         f"{len(kills)} kills, {sum(kill.checkpoint > 0 for kill in kills)} after the first checkpoint, "
         f"{sum(bool(kill.half_written) for kill in kills)} inside a checkpoint write. "
         f"{alone_seconds:.0f} s undisturbed, {seconds - alone_seconds:.0f} s with all restarts.",
         "",
-        "| compared after both runs reached their end | |",
-        "|---|---|",
-        *(f"| {name} | {'yes' if met else 'NO'} |" for name, met in checks.items()),
-        "",
+        *reporting.bars(checks),
         "| kill | aimed at | killed | step | newest checkpoint | half-written |",
         "|---|---|---|---|---|---|",
         *(row(number, kill) for number, kill in enumerate(kills, 1)),

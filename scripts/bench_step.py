@@ -23,9 +23,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 from torch import Tensor
 
+from diffalign.common import files
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.manifest import versions
 from diffalign.data.batches import Batch
@@ -79,7 +81,33 @@ def main() -> int:
         "bars": bars,
     }
     print(json.dumps(figures, indent=2))
+    if arguments.report:
+        files.write_text(arguments.report, as_markdown(figures))
     return 0 if all(bars.values()) else 1
+
+
+def as_markdown(figures: dict[str, Any]) -> str:
+    """The figures for people."""
+    settings = figures["settings"]
+    given = {
+        name: value for name, value in settings.items() if name != "report" and value not in (None, False)
+    }
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    rows = {
+        "our step, s": f"{figures['step_s']:.3f}",
+        "bare network (policy forward + backward, reference forward), s": f"{figures['bare_network_s']:.3f}",
+        "our step over bare network, median of neighbours": f"{figures['step_over_bare']:.3f}",
+        "pairs a second": f"{figures['pairs_per_s']:.3f}",
+        "encoding in the step instead, s more": f"{figures['encoding_on_the_fly_s']:.3f}",
+        "step with encoding over our step": f"{figures['on_the_fly_over_step']:.2f}",
+        "peak memory, GB": f"{figures['peak_gb']:.2f}",
+        "network, GB": f"{figures['loading']['network_gb']:.2f}",
+        "peak while the network loads, over its bytes": f"{figures['loading']['peak_over_network']:.2f}",
+        "threads": str(figures["threads"]),
+    }
+    lines = reporting.head("The training step", f"python scripts/bench_step.py {options}")
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    return "\n".join([*lines, *reporting.bars(figures["bars"])])
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -112,6 +140,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full-size", default=None, help="folder for SDXL at true size with random weights")
+    parser.add_argument("--report", default=None, help="also write the figures to this file, as Markdown")
     parser.add_argument("--resolution", type=int, default=None, help="pixels (default: the base's own)")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--rank", type=int, default=16)
