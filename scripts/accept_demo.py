@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,16 +65,13 @@ def main() -> int:
     second = graded(out / "base-again", prompts, [seed + 500 for seed in seeds], size)
     guided = graded(out / "base-guided", prompts, seeds, replace(size, guidance=BEST_GUIDANCE))
     methods: dict[str, list[dict[str, Any]]] = {"dpo": [], "sft": []}
-    seconds: list[float] = []
     for seed in range(arguments.seeds):
-        started = time.perf_counter()
         pairs = preferences(out / f"seed-{seed}", size, seed)
         for name, objective in objectives(arguments).items():
             folder = out / f"seed-{seed}" / f"{name}-{tag(arguments, size)}"
             walk.align(folder / "run", pairs, size, objective=objective, seed=seed)
             aligned = graded(folder / "test", prompts, seeds, size, adapter=folder / "run" / "adapter")
             methods[name].append(judged(folder / "report", base, aligned))
-        seconds.append(time.perf_counter() - started)
     report = {
         "settings": {**vars(arguments), **vars(size)},
         "base_accuracy": mean(rows_of(base), "accurate"),
@@ -84,7 +80,6 @@ def main() -> int:
             "best of 2": compared(best_of(rows_of(base), rows_of(second)), rows_of(base)),
             f"base, guidance {BEST_GUIDANCE:g}": compared(rows_of(guided), rows_of(base)),
         },
-        "seconds_per_seed": seconds,
         "versions": versions(),
     }
     report["checks"] = checks(report)
@@ -257,9 +252,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             f"{s['accuracy']:.3f} ({s['win_rate']:.3f}, {s['vendi']['ratio']:.3f})" for s in row["per_seed"]
         )
         lines.append(f"- {name}: {seeds}; base {report['base_accuracy']:.3f}")
-    seconds = ", ".join(f"{value:.0f}" for value in report["seconds_per_seed"])
-    lines += ["", f"Seconds of this start for each seed, all methods: {seconds}.", ""]
-    return "\n".join([*lines, *reporting.bars(report["checks"])])
+    return "\n".join([*lines, "", *reporting.bars(report["checks"])])
 
 
 def shown(report: dict[str, Any]) -> dict[str, Any]:
