@@ -87,6 +87,10 @@ class Model(Protocol):
         """One PIL image per (prompt, seed); NonFinitePicture where there is none."""
         ...
 
+    def check_scheduler(self, name: str, num_inference_steps: int | None) -> None:
+        """Refuses a diffusers scheduler that does not exist or cannot sample this base."""
+        ...
+
     def embed_for_generation(
         self, prompts: list[str], negative_prompt: str | None = None
     ) -> tuple[Conditioning, Conditioning]:

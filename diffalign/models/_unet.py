@@ -19,6 +19,7 @@ from diffalign.diffusion.process import Process
 from diffalign.models import _adapters, scheduler_class
 from diffalign.models._base import REFERENCE, TRAINED, NonFinitePicture, torch_dtype
 from diffalign.models._parts import Parts
+from diffalign.models._samplers import check_scheduler
 from diffalign.models._spec import AdapterSpec, ModelSpec
 
 
@@ -225,6 +226,10 @@ class UNetModel:
         images = self.decode(latents)
         _refuse_non_finite(latents, images, prompts, seeds)
         return pipeline.image_processor.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy())
+
+    def check_scheduler(self, name: str, num_inference_steps: int | None) -> None:
+        """Refuses a diffusers scheduler that does not exist or cannot sample this base."""
+        check_scheduler(name, self.parts["scheduler"], num_inference_steps)
 
     def embed_for_generation(
         self, prompts: list[str], negative_prompt: str | None = None

@@ -134,13 +134,12 @@ def generate(
 
 def _load(spec: Any, uses: dict[str, AdapterUse], recipe: dict[str, Any]) -> Any:
     """The model with its adapters, once size and scheduler are known to fit it."""
-    from diffalign.models._samplers import check_scheduler
     from diffalign.stages import _run
 
     loaded = spec.load(_run.pick_device(recipe["device"]))
     _check_size(loaded, recipe["height"], recipe["width"])
     if recipe["scheduler"] is not None:
-        check_scheduler(recipe["scheduler"], loaded.parts["scheduler"], recipe["num_inference_steps"])
+        loaded.check_scheduler(recipe["scheduler"], recipe["num_inference_steps"])
     for use in uses.values():
         loaded.load_adapter(use.path, weight=use.weight)
     return loaded
