@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ class Batch:
         latents: `[M, ...]` clean latents, scaled as the network sees them.
         cond: conditioning with `M` rows.
         counts: `[N]` int64 images per group (2 for pairs, 1 for single examples).
-        target: `[N]` float32 probability that the first image of a pair is preferred; None without
-            preferences.
+        target: `[N]` float32: of pairs the probability that the first image is preferred, of single images
+            1 when desirable and 0 when not; None for lists.
+        ratings: name -> `[M]` float32, higher being better, NaN where unknown (names: `cache.ratings`).
     """
 
     ids: list[str]
@@ -32,6 +33,7 @@ class Batch:
     cond: Conditioning
     counts: Tensor
     target: Tensor | None = None
+    ratings: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_groups(self) -> int:
@@ -51,6 +53,7 @@ class Batch:
             cond=self.cond.to(device=device, dtype=dtype),
             counts=self.counts.to(device),
             target=None if self.target is None else self.target.to(device),
+            ratings={name: values.to(device) for name, values in self.ratings.items()},
         )
 
 

@@ -14,12 +14,11 @@ from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.data.buckets import Size, bucket_sizes, fit, place
-from diffalign.data.select import Pair
+from diffalign.data.records import Candidate
+from diffalign.data.select import Group
 from diffalign.data.specs import PreprocessSpec
 
 PROMPT_BATCH = 32
-UNITS = ("pair", "single")
-"""Units of an objective that pairs can be encoded as."""
 
 
 class Encoder(Protocol):
@@ -54,8 +53,9 @@ class Example:
         prompt: its text.
         images: indices of its pictures.
         size: bucket (height, width) in pixels.
-        target: probability that the first image is preferred; None for single examples.
+        target: as in `select.Group`.
         conditions: per image, what the network is told about sizes.
+        ratings: per image, what is known of its worth (see `ratings`).
         meta: fields of the record that measures may be split by.
     """
 
@@ -65,6 +65,7 @@ class Example:
     size: Size
     target: float | None
     conditions: tuple[dict[str, Tensor], ...]
+    ratings: tuple[dict[str, float], ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,53 +108,55 @@ class EncodedSet:
         return Conditioning.cat([Conditioning({**row, **sizes}) for sizes in example.conditions])
 
 
-def encode_pairs(
-    pairs: Iterable[Pair], encoder: Encoder, spec: PreprocessSpec, *, unit: str, seed: int
-) -> EncodedSet:
-    """The pairs as examples of `unit`: "pair", or "single" with the preferred image of each pair.
+def ratings(candidate: Candidate) -> dict[str, float]:
+    """What a record knows of a picture's worth, higher being better: scores by scorer's name, "label",
+    "votes" and "rank" (negated: rank 1 is the best).
+    """
+    known = {name: score.oriented for name, score in candidate.scores.items()}
+    for name, value in (("label", candidate.label), ("votes", candidate.votes)):
+        if value is not None:
+            known[name] = float(value)
+    if candidate.rank is not None:
+        known["rank"] = -float(candidate.rank)
+    return known
+
+
+def encode(groups: Iterable[Group], encoder: Encoder, spec: PreprocessSpec, *, seed: int) -> EncodedSet:
+    """The groups as examples.
 
     Raises:
-        UserError: another unit, a tie among single examples, a picture whose latents are not finite (named by
-            row id), or more data than the memory limit.
+        UserError: a picture whose latents are not finite (named by its group), or more data than the memory
+            limit.
     """
-    if unit not in UNITS:
-        raise UserError(f"this objective trains on units of {unit!r}, the data has pairs: choose another one")
     store = _Store(encoder, spec)
     sizes = bucket_sizes(spec.resolution or encoder.default_resolution, encoder.size_multiple, spec.buckets)
-    if spec.size_conditioning == "per_image" and unit != "single":
-        raise UserError("preprocess.size_conditioning=per_image gives labels away in pairs: use target")
     examples: list[Example] = []
-    for pair in pairs:
-        if unit == "single" and pair.target == 0.5:
-            raise UserError(
-                f"{pair.record.id} is a tie, and this objective trains on the preferred picture of a pair: "
-                "use data.ties=drop"
-            )
-        pictures = list(pair.images if unit == "pair" else (pair.images[0 if pair.target > 0.5 else 1],))
-        placement = place(pictures, sizes, spec, seed, pair.record.id)
+    for group in groups:
+        if spec.size_conditioning == "per_image" and len(group.images) > 1:
+            raise UserError("preprocess.size_conditioning=per_image gives labels away in groups: use target")
+        pictures = list(group.images)
+        placement = place(pictures, sizes, spec, seed, group.id)
         rows, conditions = [], []
         for picture in pictures:
             original = (picture.height, picture.width)
             pixels, corner = fit(picture, placement)
             if spec.size_conditioning == "target":
                 original, corner = placement.size, (0, 0)
-            rows.append(store.add(pixels, pair.record.id))
+            rows.append(store.add(pixels, group.id))
             conditions.append(encoder.size_conditioning(original, corner, placement.size))
-        meta = {**pair.record.meta, "models": [c.model for c in pair.record.candidates]}
         examples.append(
             Example(
-                pair.record.id,
-                pair.record.prompt,
-                tuple(rows),
-                placement.size,
-                pair.target if unit == "pair" else None,
-                tuple(conditions),
-                meta,
+                id=group.id,
+                prompt=group.record.prompt,
+                images=tuple(rows),
+                size=placement.size,
+                target=group.target,
+                conditions=tuple(conditions),
+                ratings=tuple(map(ratings, group.candidates)),
+                meta={**group.record.meta, "models": [c.model for c in group.candidates]},
             )
         )
     store.flush()
-    if not examples:
-        raise UserError("no pair is left to train on: see what the data holds with `diffalign check`")
     prompt_rows = {
         prompt: row for row, prompt in enumerate(dict.fromkeys(example.prompt for example in examples))
     }

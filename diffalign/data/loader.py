@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -12,7 +13,7 @@ from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet
+from diffalign.data.cache import EncodedSet, Example
 from diffalign.data.specs import LoaderSpec
 
 
@@ -90,14 +91,24 @@ def assemble(encoded: EncodedSet, plan: Plan, *, seed: int, spec: LoaderSpec) ->
         cond=Conditioning.cat(conds),
         counts=torch.tensor([len(example.images) for example in examples]),
         target=None if None in targets else torch.tensor(targets, dtype=torch.float32),
+        ratings=_ratings(examples),
     )
 
 
-def batches(encoded: EncodedSet, spec: LoaderSpec, *, seed: int, start: int) -> Iterator[Batch]:
-    """Batches number `start`, `start + 1`, ... of an endless run, put together by `num_workers` processes."""
+def _ratings(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """name -> `[M]` of all names that any of the images has."""
+    images = [known for example in examples for known in example.ratings]
+    names = dict.fromkeys(name for known in images for name in known)
+    return {name: torch.tensor([known.get(name, torch.nan) for known in images]) for name in names}
+
+
+def batches(
+    encoded: EncodedSet, spec: LoaderSpec, *, seed: int, start: int, step: int = 1
+) -> Iterator[Batch]:
+    """Batches number `start`, `start + step`, ... of an endless run; `num_workers` processes make them."""
     loader = DataLoader(
         _Batches(encoded, spec, seed),
-        sampler=plans_from(encoded, spec.batch_size, seed=seed, start=start),
+        sampler=islice(plans_from(encoded, spec.batch_size, seed=seed, start=start), 0, None, step),
         batch_size=None,
         num_workers=spec.num_workers,
         # A generator of its own: the default would take a number from the global stream, which dropout uses.

@@ -156,6 +156,11 @@ class Score:
     version: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def oriented(self) -> float:
+        """The value, negated where the file says that lower is better."""
+        return self.value if self.extra.get("higher_is_better", True) else -self.value
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form; a value that is not finite becomes null, because JSON has no NaN."""
         value = self.value if math.isfinite(self.value) else None

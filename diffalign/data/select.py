@@ -1,4 +1,4 @@
-"""Which records can be trained on as pairs, and the tally of those that cannot.
+"""Which records can be trained on as groups of an objective's unit, and the tally of those that cannot.
 
 Nothing here stops at a bad row: a row is dropped, counted and named. Only when the pass is over, and too many
 rows were bad, the run is refused.
@@ -6,22 +6,24 @@ rows were bad, the run is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from diffalign.common.errors import UserError
-from diffalign.data.records import BadImage, BadLabel, Record
+from diffalign.data.records import BadImage, BadLabel, Candidate, Record
 
 __all__ = [
     "BAD_REASONS",
     "MIN_SIDE",
     "TIES",
-    "Pair",
+    "UNITS",
+    "Group",
+    "ScoreFacts",
     "Tally",
-    "UsablePairs",
+    "UsableGroups",
     "check_share",
     "check_ties",
 ]
@@ -31,25 +33,50 @@ MIN_SIDE = 8
 
 TIES = ("drop", "soft")
 
-BAD_REASONS = ("bad_text", "not_a_pair", "bad_label", "missing_image", "corrupt_image", "tiny_image")
+UNITS = ("pair", "list", "single")
+"""What an objective trains on: two images of which one is preferred, k rated images, or single images."""
+
+BAD_REASONS = ("bad_text", "not_a_pair", "not_a_list", "bad_label", "missing_image", "corrupt_image", "tiny_image")
 """Drop reasons that speak against the data; `tie` and `unlabelled` are normal."""
 
 NAMED_IN_MESSAGES = 3
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A usable pair, its pictures decoded.
+class ScoreFacts:
+    """What is known of one scorer's numbers in a data set: their scale and range, higher being better.
 
     Attributes:
-        record: where it comes from.
-        images: the two pictures (mode RGB), in the order of the record's candidates.
-        target: P(first preferred) in [0, 1].
+        scale: the scorer's name for its scale.
+        version: of the scorer's code and weights.
+        low: the smallest score.
+        high: the largest score.
     """
 
+    scale: str
+    version: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """A usable group, its pictures decoded.
+
+    Attributes:
+        id: names the group; that of the record, with the candidate's number where a record gives several.
+        record: where it comes from.
+        candidates: its candidates, in the record's order.
+        images: their pictures (mode RGB).
+        target: of a pair, P(first preferred) in [0, 1]; of a single image 1 when it is desirable, 0 when it
+            is not; None for a list.
+    """
+
+    id: str
     record: Record
-    images: tuple[Image.Image, Image.Image]
-    target: float
+    candidates: tuple[Candidate, ...]
+    images: tuple[Image.Image, ...]
+    target: float | None
 
 
 @dataclass
@@ -91,7 +118,7 @@ class Tally:
     def refuse_if_empty(self) -> None:
         """Raises UserError when no record was usable."""
         if not self.used:
-            raise UserError(f"{self.what}: none of {self.asked} rows is a usable pair ({self.reasons()})")
+            raise UserError(f"{self.what}: none of {self.asked} rows is usable ({self.reasons()})")
 
     def refuse_if_too_many(self, max_share: float) -> None:
         """Raises UserError when the share of bad records is above `max_share` (in [0, 1])."""
@@ -100,23 +127,26 @@ class Tally:
             return
         groups = [f"{len(names)} {reason} ({_some(names)})" for reason, names in self.bad.items()]
         raise UserError(
-            f"{self.what}: {share:.1%} of the rows that could be pairs are bad, "
+            f"{self.what}: {share:.1%} of the rows that could be used are bad, "
             f"more than max_bad_share={max_share:g}: "
             f"{', '.join(groups)}; repair the data or raise data.max_bad_share"
         )
 
 
-class UsablePairs:
-    """The usable pairs of `records`, in order: iterate once, read `tally` at any time.
+class UsableGroups:
+    """The usable groups of `records`, in order: iterate once, read `tally` at any time.
 
     Iterating raises UserError at the end of the pass, when too many records were bad or none was usable.
 
     Args:
         records: every row, good or bad.
+        unit: one of UNITS. A pair gives the preferred image as a single one, and a list of two.
+        undesirable: with unit "single", the images that are not preferred are groups too.
+        reject: says why an objective has no use for a record, None when it has.
         ties: `drop` leaves pairs with target 0.5 out, `soft` yields them with target 0.5. Other soft
             targets (0.7 from votes) are no ties and are yielded as they are.
         max_bad_share: refuse beyond this share of bad rows.
-        limit: stop after so many usable pairs.
+        limit: stop after so many usable records.
         min_side: smallest side in pixels of a picture.
         what: what messages call the data.
     """
@@ -125,6 +155,9 @@ class UsablePairs:
         self,
         records: Iterable[Record],
         *,
+        unit: str = "pair",
+        undesirable: bool = False,
+        reject: Callable[[Record], str | None] | None = None,
         ties: str = "drop",
         max_bad_share: float = 0.05,
         limit: int | None = None,
@@ -133,54 +166,113 @@ class UsablePairs:
     ) -> None:
         check_ties(ties)
         check_share(max_bad_share)
+        if ties == "soft" and unit != "pair":
+            raise UserError(f"data.ties=soft needs pairs, the objective trains on {unit} images: use drop")
         self.tally = Tally(what=what)
         self._records = records
+        self._unit = unit
+        self._undesirable = undesirable
+        self._reject = reject
         self._ties = ties
         self._max_bad_share = max_bad_share
         self._limit = limit
         self._min_side = min_side
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[Group]:
         if self._limit is None or self.tally.used < self._limit:
             for record in self._records:
                 self.tally.asked += 1
-                pair = self._usable(record)
-                if pair is None:
+                try:
+                    groups = self._usable(record)
+                except _Dropped as dropped:
+                    self.tally.drop(dropped.reason, record.id)
                     continue
                 self.tally.used += 1
-                yield pair
+                yield from groups
                 if self._limit is not None and self.tally.used >= self._limit:
                     break
         # First the share: with nothing usable it says more about why.
         self.tally.refuse_if_too_many(self._max_bad_share)
         self.tally.refuse_if_empty()
 
-    def _usable(self, record: Record) -> Pair | None:
-        """Returns the pair, or None after counting why not. Labels come first: decoding costs time."""
+    def _usable(self, record: Record) -> list[Group]:
+        """The groups of a record; raises _Dropped. Pictures come last: decoding costs time."""
         if record.problem is not None:
-            self.tally.drop(record.problem, record.id)
-            return None
-        if len(record.candidates) != 2:
-            self.tally.drop("not_a_pair", record.id)
-            return None
+            raise _Dropped(record.problem)
+        chosen = self._chosen(record)
+        reason = None if self._reject is None else self._reject(record)
+        if reason is not None:
+            raise _Dropped(reason)
+        return [
+            Group(name, record, candidates, tuple(map(self._open, candidates)), target)
+            for name, candidates, target in chosen
+        ]
+
+    def _chosen(self, record: Record) -> list[tuple[str, tuple[Candidate, ...], float | None]]:
+        """`(id, candidates, target)` of each group that the record gives."""
+        candidates = tuple(record.candidates)
+        if self._unit == "list":
+            if len(candidates) < 2:
+                raise _Dropped("not_a_list")
+            return [(record.id, candidates, None)]
+        if self._unit == "single" and len(candidates) == 1:
+            return self._kept_singles(record, [_desirability(record)])
+        if len(candidates) != 2:
+            raise _Dropped("not_a_pair")
+        target = self._pair_target(record)
+        if self._unit == "pair":
+            return [(record.id, candidates, target)]
+        return self._kept_singles(record, [float(target > 0.5), float(target < 0.5)])
+
+    def _kept_singles(
+        self, record: Record, desirable: list[float]
+    ) -> list[tuple[str, tuple[Candidate, ...], float | None]]:
+        kept = [side for side, value in enumerate(desirable) if value or self._undesirable]
+        if not kept:
+            raise _Dropped("not_preferred")
+        return [
+            (
+                record.id if len(kept) == 1 else f"{record.id}:{side}",
+                (record.candidates[side],),
+                desirable[side],
+            )
+            for side in kept
+        ]
+
+    def _pair_target(self, record: Record) -> float:
         try:
             target = record.pair_target()
-        except BadLabel:
-            self.tally.drop("bad_label", record.id)
-            return None
+        except BadLabel as error:
+            raise _Dropped("bad_label") from error
         if target is None:
-            self.tally.drop("unlabelled", record.id)
-            return None
+            raise _Dropped("unlabelled")
         if target == 0.5 and self._ties == "drop":
-            self.tally.drop("tie", record.id)
-            return None
-        first, second = record.candidates
+            raise _Dropped("tie")
+        return float(target)
+
+    def _open(self, candidate: Candidate) -> Image.Image:
         try:
-            images = (first.image.open(min_side=self._min_side), second.image.open(min_side=self._min_side))
+            return candidate.image.open(min_side=self._min_side)
         except BadImage as error:
-            self.tally.drop(error.reason, record.id)
-            return None
-        return Pair(record, images, float(target))
+            raise _Dropped(error.reason) from error
+
+
+class _Dropped(Exception):
+    """A record that is left out, and why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _desirability(record: Record) -> float:
+    """1 or 0 of a record with one candidate; raises _Dropped where its label is none or between."""
+    label = record.candidates[0].label
+    if label is None:
+        raise _Dropped("unlabelled")
+    if label not in (0.0, 1.0):
+        raise _Dropped("bad_label")
+    return float(label)
 
 
 def check_ties(ties: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffalign.common.errors import UserError
 from diffalign.data.batches import Batch
+from diffalign.data.records import Record
+from diffalign.data.select import ScoreFacts
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws
 
@@ -22,32 +24,57 @@ class Output:
         loss: `[N]` float32, one number a group, not reduced.
         logs: detached `[N]` tensors for the health report, by name. Pairwise objectives give `t`, `err_w`,
             `err_l`, `ref_err_w`, `ref_err_l`, `margin` (the logit) and `target` (the probability, 1/2 or
-            more, that w is preferred).
+            more, that w is preferred). Of other names the mean is reported, overall and by timestep.
     """
 
     loss: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Objective:
-    """Base of every objective's `Plugin`; the loop asks it these questions and no other.
+Unit = Literal["pair", "list", "single"]
+Gather = Callable[[Tensor], Tensor]
+"""Concatenates the `[n]` tensors of all processes, the same on each of them."""
 
-    `unit` says what a group is: "pair" (two images, one preferred), "list" (k ranked images) or "single".
+
+class Objective:
+    """Base of every objective's `Plugin`; training asks it these questions and no other.
+
+    Attributes (of the class, or properties where a field decides):
+        unit: what a group is: "pair" (two images, one preferred), "list" (k rated images) or "single".
+        uses_reference: whether the reference policy is asked.
+        noise: "shared": one noise for all images of a group; "independent": one for each.
+        undesirable: whether single images that are not preferred are examples too.
+        on_policy: whether the policy draws its own images while it is trained.
     """
 
-    unit: ClassVar[Literal["pair", "list", "single"]]
+    unit: ClassVar[Unit]
     uses_reference: ClassVar[bool] = True
+    noise: Literal["shared", "independent"] = "shared"
+    undesirable: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
+
+    def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:
+        """Refuses data whose scores (by scorer's name) this objective cannot use; before anything is read."""
+
+    def reject(self, record: Record) -> str | None:
+        """Why `record` would teach nothing ("equal_scores"), for the tally; None when it is welcome."""
+        return None
 
     def compute(self, denoiser: Denoiser, batch: Batch, draws: Draws, shared: Any = None) -> Output:
         """The loss of each group of `batch` under `draws`."""
         raise NotImplementedError
 
-    def prepare(self, denoiser: Denoiser, micro_batches: Sequence[tuple[Batch, Draws]]) -> Any:
-        """Numbers that need the whole optimizer step, computed without gradient; handed to each `compute`."""
+    def prepare(
+        self, denoiser: Denoiser, micro_batches: Sequence[tuple[Batch, Draws]], gather: Gather
+    ) -> Any:
+        """Numbers that need the whole optimizer step, computed without gradient; handed to each `compute`.
+
+        The micro-batches are those of this process; `gather` brings in what the others know.
+        """
         return None
 
     def backward(self, output: Output, scale: float, backward: Callable[[Tensor], None]) -> None:
-        """Adds the gradient of `scale * sum(loss)` to the parameters' by calling `backward` on a scalar."""
+        """Adds the gradient of `scale * sum(loss)` to the parameters' by calling `backward` on scalars."""
         backward(output.loss.sum() * scale)
 
     def state_dict(self) -> dict[str, Any]:

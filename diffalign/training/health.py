@@ -6,6 +6,7 @@ of winner and loser against the reference say which of the two is happening.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 NUM_BUCKETS = 4
 SATURATED_FACTOR = 0.01
 """A decided pair whose gradient factor is below this no longer teaches (target 1: margin above 4.6)."""
+
+
+_SUMMARISED = {"loss", "t", "err_w", "err_l", "ref_err_w", "ref_err_l", "margin", "target"}
+"""Names with a meaning of their own; of any other the mean is reported."""
 
 
 @dataclass
@@ -42,9 +47,14 @@ class Health:
         """Whether nothing was taken since the last report."""
         return not self._rows
 
-    def report(self) -> dict[str, float | dict[str, dict[str, float]]]:
-        """Means since the last report, overall and by timestep range ("0-249": {...}); empties the store."""
-        rows = {name: torch.cat(values).cpu().double() for name, values in self._rows.items()}
+    def report(
+        self, gather: Callable[[Tensor], Tensor] = lambda values: values
+    ) -> dict[str, float | dict[str, dict[str, float]]]:
+        """Means since the last report, overall and by timestep range ("0-249": {...}); empties the store.
+
+        `gather` brings in the rows of other processes.
+        """
+        rows = {name: gather(torch.cat(values)).cpu().double() for name, values in self._rows.items()}
         result: dict[str, float | dict[str, dict[str, float]]] = {}
         result.update(_summary(rows))
         if self._grad_norms:
@@ -84,6 +94,7 @@ def _summary(rows: dict[str, Tensor]) -> dict[str, float]:
             right = (margin > 0).double() + 0.5 * (margin == 0).double()
             means["accuracy"] = _mean(right[decided])
             means["saturated"] = _mean((factor[decided] < SATURATED_FACTOR).double())
+    means.update({name: _mean(values) for name, values in rows.items() if name not in _SUMMARISED})
     return means
 
 

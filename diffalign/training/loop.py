@@ -3,6 +3,9 @@
 The loop asks an objective for a loss a group and never which objective it is. Nothing random is left to
 chance: data order, timesteps and noise are keyed, and the global stream (dropout) is seeded from (seed, step)
 before each step, so a run that is killed and resumed computes the very same numbers as one that was not.
+
+With several processes each takes its share of the micro-batches, gradients are summed, every process makes
+the same step, and the first one writes the files.
 """
 
 from __future__ import annotations
@@ -24,15 +27,14 @@ from diffalign.common.errors import UserError
 from diffalign.common.interrupts import StopRequest
 from diffalign.common.progress import Progress, say
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet
-from diffalign.data.loader import batches
 from diffalign.diffusion.likelihood import Draws
 from diffalign.models._base import Model
 from diffalign.objectives._base import Objective, Output
 from diffalign.training import checkpoint as checkpoints
+from diffalign.training.feed import Feed
 from diffalign.training.health import Health
 from diffalign.training.metrics import MetricsLog
-from diffalign.training.sampling import training_draws
+from diffalign.training.ranks import Ranks
 from diffalign.training.specs import OptimizerSpec, Settings
 from diffalign.training.watch import Watch
 
@@ -51,7 +53,7 @@ class Run:
     Args:
         model: set up by `start_training`.
         objective: what is minimised.
-        train_set: encoded examples.
+        feed: gives the micro-batches.
         out: folder of the run.
         identity: what must be equal for a checkpoint to be continued.
         accelerator: device, precision and gradient scaling.
@@ -61,12 +63,17 @@ class Run:
 
     model: Model
     objective: Objective
-    train_set: EncodedSet
+    feed: Feed
     out: Path
     identity: str
     accelerator: Accelerator
     settings: Settings
     watch: Watch
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return Ranks(self.accelerator)
 
 
 @dataclass
@@ -92,8 +99,8 @@ def fit(run: Run) -> dict[str, Any]:
         UserError: the checkpoint is of another run, or gradients stay non-finite.
     """
     state = _start(run)
-    with closing(MetricsLog(run.out, resume_step=state.step)) as log:
-        if state.step == 0:
+    with closing(MetricsLog(run.out, resume_step=state.step, writes=run.ranks.is_main)) as log:
+        if state.step == 0 and run.ranks.is_main:
             run.watch.look(run.model, 0, log)
         _steps(run, state, log)
     return {"steps": state.step, **state.counters, **run.watch.summary()}
@@ -101,10 +108,11 @@ def fit(run: Run) -> dict[str, Any]:
 
 def _steps(run: Run, state: _State, log: MetricsLog) -> None:
     """All steps that are left."""
-    settings, incoming = run.settings, _micro_batches(run, state.position)
+    settings, ranks, incoming = run.settings, run.ranks, _micro_batches(run, state.position)
     with StopRequest() as stop, Progress("train", settings.num_steps, "steps", initial=state.step) as bar:
-        while state.step < settings.num_steps and not stop.requested:
-            torch.manual_seed(seed_of(settings.seed, "step", state.step))
+        stopping = False
+        while state.step < settings.num_steps and not stopping:
+            torch.manual_seed(seed_of(settings.seed, "step", state.step, ranks.index))
             rate = learning_rate(settings.optimizer, state.step, settings.num_steps)
             _set_learning_rate(state.adamw, rate)
             loss, speed = _timed_step(run, state, incoming)
@@ -114,13 +122,15 @@ def _steps(run: Run, state: _State, log: MetricsLog) -> None:
             # What is not logged with a checkpoint, a resumed run cannot know.
             if state.step % settings.log_every == 0 or keep:
                 _log(run, state, log)
-            run.watch.look(run.model, state.step, log, last=last)
+            if ranks.is_main:
+                run.watch.look(run.model, state.step, log, last=last)
             if keep:
                 _save(run, state)
-        if stop.requested and state.step > state.saved:
+            stopping = ranks.any(stop.requested)  # all at the same step, whoever was asked first
+        if stopping and state.step > state.saved:
             _log(run, state, log)
             _save(run, state)
-    if stop.requested and state.saved:
+    if stopping and state.saved:
         say(f"saved step {state.step} in {run.out}; the same command goes on from there")
     stop.raise_if_requested()
 
@@ -158,6 +168,8 @@ def _start(run: Run) -> _State:
     run.model.load_trained_state(found.trained)
     state.adamw.load_state_dict(found.state["optimizer"])
     run.objective.load_state_dict(found.state["objective"])
+    run.feed.load_state_dict(found.state["feed"])
+    run.model.load_reference_state(found.state["reference"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(found.state["scaler"])
     run.watch.restore(found.state["watch"])
@@ -168,6 +180,10 @@ def _start(run: Run) -> _State:
 
 
 def _save(run: Run, state: _State) -> None:
+    state.saved = state.step
+    feed = run.feed.state_dict()  # asked of every process: what it holds may be spread over them
+    if not run.ranks.is_main:
+        return
     scaler = run.accelerator.scaler
     checkpoint = checkpoints.Checkpoint(
         step=state.step,
@@ -176,21 +192,20 @@ def _save(run: Run, state: _State) -> None:
         state={
             "optimizer": state.adamw.state_dict(),
             "objective": run.objective.state_dict(),
+            "feed": feed,
+            "reference": run.model.reference_state(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "counters": state.counters,
             "watch": run.watch.summary(),
         },
     )
     checkpoints.save(run.out, checkpoint, identity=run.identity, keep=run.settings.checkpoint.keep)
-    state.saved = state.step
 
 
 def _micro_batches(run: Run, start: int) -> Iterator[tuple[Batch, Draws]]:
-    """Micro-batches number `start` and on, with their draws, on the device."""
-    device = run.accelerator.device
-    num_timesteps = run.model.process.num_timesteps
-    for batch in batches(run.train_set, run.settings.loader, seed=run.settings.seed, start=start):
-        draws = training_draws(batch, run.settings.timesteps, num_timesteps, seed=run.settings.seed)
+    """This process's micro-batches from number `start` on, with their draws, on the device."""
+    device, ranks = run.accelerator.device, run.ranks
+    for batch, draws in run.feed.micro_batches(start, ranks.index, ranks.count):
         yield batch.to(device), draws.to(device)
 
 
@@ -198,17 +213,20 @@ def _timed_step(run: Run, state: _State, incoming: Iterator[tuple[Batch, Draws]]
     """One optimizer step; returns its mean loss and the groups a second, waiting for data included."""
     started = time.perf_counter()
     micro = [next(incoming) for _ in range(run.settings.accumulation)]
-    loss = _optimizer_step(run, state, micro)
+    num_groups = run.ranks.total(sum(batch.num_groups for batch, _ in micro))
+    loss = _optimizer_step(run, state, micro, num_groups)
     state.step += 1
-    return loss, sum(batch.num_groups for batch, _ in micro) / (time.perf_counter() - started)
+    _update_reference(run, state.step)
+    return loss, num_groups / (time.perf_counter() - started)
 
 
-def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]]) -> float:
-    """One optimizer step on the mean loss over all groups of the micro-batches; returns that mean."""
-    denoiser, objective = run.model.denoiser, run.objective
-    num_groups = sum(batch.num_groups for batch, _ in micro)
+def _optimizer_step(
+    run: Run, state: _State, micro: list[tuple[Batch, Draws]], num_groups: float
+) -> float:
+    """One optimizer step on the mean loss over the `num_groups` groups of all processes; returns that mean."""
+    denoiser, objective, ranks = run.model.denoiser, run.objective, run.ranks
     with run.accelerator.autocast():
-        shared = objective.prepare(denoiser, micro)
+        shared = objective.prepare(denoiser, micro, ranks.gather)
     total = 0.0
     for batch, draws in micro:
         with run.accelerator.autocast():
@@ -218,10 +236,18 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]]) -
         state.health.add(output.loss, output.logs)
         if state.step == 0 and state.position == 0 and "margin" in output.logs:
             _say_step_zero(output)
-        state.position += 1
+        state.position += ranks.count
+    ranks.sum_gradients(state.parameters)
     norm = run.accelerator.clip_grad_norm_(state.parameters, run.settings.optimizer.max_grad_norm or math.inf)
     _step_unless_non_finite(run, state, float(norm))
-    return total / num_groups
+    return ranks.total(total) / num_groups
+
+
+def _update_reference(run: Run, step: int) -> None:
+    """Moves the reference towards the policy, where the recipe says so."""
+    spec = run.settings.reference
+    if spec.mode != "frozen" and step % spec.every == 0:
+        run.model.move_reference(spec.decay if spec.mode == "ema" else 0.0)
 
 
 def _say_step_zero(output: Output) -> None:
@@ -274,12 +300,15 @@ def _log(run: Run, state: _State, log: MetricsLog) -> None:
     if state.health.is_empty:
         return
     rate = learning_rate(run.settings.optimizer, state.step - 1, run.settings.num_steps)
-    row = {**state.health.report(), "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
+    row = {**state.health.report(run.ranks.gather), "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
     log.write("train", state.step, row)
 
 
 def finish(run: Run, card: str) -> Path:
-    """Writes what was trained to `<out>/adapter`, whole or not at all, with its card; returns the folder."""
+    """Writes what was trained to `<out>/adapter`, whole or not at all, with its card; returns the folder.
+
+    For the first process alone.
+    """
     folder = run.out / "adapter"
     with files.atomic_path(folder) as temporary:
         temporary.mkdir()

@@ -16,9 +16,13 @@ class MetricsLog:
     Args:
         out: folder of the run.
         resume_step: rows of later steps are dropped.
+        writes: False in processes that leave the files to another one.
     """
 
-    def __init__(self, out: Path, *, resume_step: int) -> None:
+    def __init__(self, out: Path, *, resume_step: int, writes: bool = True) -> None:
+        self._board: Any = None
+        if not writes:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / FILE_NAME
@@ -29,13 +33,16 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Adds one row; numbers one level down (`by_timestep`) get a path of names in TensorBoard."""
+        if self._board is None:
+            return
         files.append_jsonl(self.path, [{"step": step, "kind": kind, **values}])
         for name, value in _flat(kind, values):
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes TensorBoard."""
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from diffalign.common import draws
@@ -10,8 +12,15 @@ from diffalign.diffusion.likelihood import Draws
 from diffalign.diffusion.timesteps import TimestepSpec, keyed_uniform, stratified_grid
 
 
-def training_draws(batch: Batch, timesteps: TimestepSpec, num_timesteps: int, *, seed: int) -> Draws:
-    """One timestep and one noise a group, for every image of the group; on the CPU, noise float32.
+def training_draws(
+    batch: Batch,
+    timesteps: TimestepSpec,
+    num_timesteps: int,
+    *,
+    seed: int,
+    noise: Literal["shared", "independent"] = "shared",
+) -> Draws:
+    """One timestep a group; one noise a group, or one an image where `noise` is "independent". On the CPU.
 
     Keyed by (seed, example id, epoch): world size, workers and resuming do not change them.
     """
@@ -20,7 +29,16 @@ def training_draws(batch: Batch, timesteps: TimestepSpec, num_timesteps: int, *,
         for name, position in zip(batch.ids, batch.positions.tolist(), strict=True)
     ]
     t = timesteps.draw(torch.tensor(uniforms, dtype=torch.float64), num_timesteps)
-    return _per_image(batch, t, [(seed, "noise", name, batch.epoch) for name in batch.ids])
+    keys = [(seed, "noise", name, batch.epoch) for name in batch.ids]
+    if noise == "shared":
+        return _per_image(batch, t, keys)
+    shape, counts = tuple(batch.latents.shape[1:]), batch.counts.cpu()
+    each = [
+        draws.normal(shape, *key, side)
+        for key, count in zip(keys, counts.tolist(), strict=True)
+        for side in range(count)
+    ]
+    return Draws(t.repeat_interleave(counts), torch.stack(each))
 
 
 def fixed_draws(batch: Batch, num_timesteps: int, num_draws: int, *, seed: int) -> list[Draws]:

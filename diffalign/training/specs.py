@@ -121,6 +121,30 @@ class CheckpointSpec:
 
 
 @dataclass
+class ReferenceSpec:
+    """What the policy is held against.
+
+    Args:
+        mode: "frozen": the policy of step 0; "ema": a moving average of the policy; "refresh": the policy as
+            it was at the last multiple of `every`.
+        every: optimizer steps between two moves.
+        decay: of the moving average: how much of the old reference stays at a move.
+    """
+
+    mode: Literal["frozen", "ema", "refresh"] = "frozen"
+    every: int = 1
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("frozen", "ema", "refresh"):
+            raise unknown("reference.mode", self.mode, ("frozen", "ema", "refresh"))
+        if self.every < 1:
+            raise UserError(f"reference.every is {self.every}: use 1 or more")
+        if not 0.0 <= self.decay < 1.0:
+            raise UserError(f"reference.decay is {self.decay}: use a value in [0, 1)")
+
+
+@dataclass
 class Settings:
     """All of a run but its components (model, data, objective) and its folder; the keys of `diffalign train`,
     where each is explained.
@@ -134,6 +158,7 @@ class Settings:
     validation: ValidationSpec = field(default_factory=ValidationSpec)
     samples: SampleSpec = field(default_factory=SampleSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    reference: ReferenceSpec = field(default_factory=ReferenceSpec)
     num_steps: int = 1000
     accumulation: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from diffalign.common import files
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.data.records import Record
-from diffalign.data.select import UsablePairs, check_share, check_ties
+from diffalign.data.select import ScoreFacts, UsableGroups, check_share, check_ties
 
 
 @dataclass
@@ -72,20 +72,33 @@ class Source:
             subset = f" with a caption of data.prompts={self.prompts}" if wanted is not None else ""
             raise UserError(f"data.path={self.path} has no rows{subset}")
 
-    def usable_pairs(
-        self, *, limit: int | None = None, ties: Literal["drop", "soft"] | None = None
-    ) -> UsablePairs:
-        """Returns the usable pairs under `ties` (None: the source's own) and `max_bad_share`.
+    def usable(
+        self,
+        *,
+        unit: str = "pair",
+        undesirable: bool = False,
+        reject: Callable[[Record], str | None] | None = None,
+        limit: int | None = None,
+        ties: Literal["drop", "soft"] | None = None,
+    ) -> UsableGroups:
+        """Returns the usable groups under `ties` (None: the source's own) and `max_bad_share`.
 
-        `limit` counts pairs, not rows.
+        `limit` counts usable records, not rows; the other arguments are those of `UsableGroups`.
         """
-        return UsablePairs(
+        return UsableGroups(
             self.records(),
+            unit=unit,
+            undesirable=undesirable,
+            reject=reject,
             ties=ties or self.ties,
             max_bad_share=self.max_bad_share,
             limit=limit,
             what=self.path,
         )
+
+    def score_facts(self) -> dict[str, ScoreFacts]:
+        """Returns what is known of the scores in the data, by scorer; nothing where no manifest tells."""
+        return {}
 
     def wanted_prompts(self) -> frozenset[str] | None:
         """Returns the captions of the `prompts` file, stripped; None without such a file."""

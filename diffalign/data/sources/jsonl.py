@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffalign.common.errors import UserError
+from diffalign.common.manifest import read_manifest
 from diffalign.data.records import BadImage, Record, read_records
+from diffalign.data.select import ScoreFacts
 from diffalign.data.sources._base import Source
 
 FILE_NAME = "preferences.jsonl"
@@ -31,6 +33,17 @@ class Plugin(Source):
     def files(self) -> list[Path]:
         """Returns the one file that is read."""
         return [self.file()]
+
+    def score_facts(self) -> dict[str, ScoreFacts]:
+        """Returns scale and range of each scorer's numbers, as the manifest of `diffalign pair` has them."""
+        found = read_manifest(self.file().parent) or {}
+        facts = {}
+        for name, row in found.get("scores", {}).items():
+            low, high = row["min"], row["max"]
+            if not row["higher_is_better"]:
+                low, high = -high, -low
+            facts[name] = ScoreFacts(row["scale"], row["version"], low, high)
+        return facts
 
     def data_inputs(self) -> dict[str, Path | str]:
         """Returns the file, and one digest over the names and bytes of the pictures of the records read.

@@ -1,0 +1,68 @@
+"""Where the loop's micro-batches come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from diffalign.data.batches import Batch
+from diffalign.data.cache import EncodedSet
+from diffalign.data.loader import batches
+from diffalign.diffusion.likelihood import Draws
+from diffalign.training.sampling import training_draws
+from diffalign.training.specs import Settings
+
+
+class Feed(Protocol):
+    """An endless stream of micro-batches, numbered over all processes; a run may enter it anywhere."""
+
+    def micro_batches(self, start: int, rank: int, num_ranks: int) -> Iterator[tuple[Batch, Draws]]:
+        """Micro-batches number `start + rank`, then every `num_ranks`-th, with their draws; on the CPU."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on in the middle needs beside the number; plain data and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        ...
+
+
+@dataclass
+class Offline:
+    """Encoded examples, epoch after epoch: a pure function of the seed, so that nothing need be kept.
+
+    Args:
+        encoded: the examples.
+        settings: loader, timesteps and seed of the run.
+        num_timesteps: of the process.
+        noise: one for all images of a group ("shared") or one for each ("independent").
+    """
+
+    encoded: EncodedSet
+    settings: Settings
+    num_timesteps: int
+    noise: Literal["shared", "independent"] = "shared"
+
+    def micro_batches(self, start: int, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Batch, Draws]]:
+        """Micro-batches of this rank, with their draws; on the CPU."""
+        settings = self.settings
+        incoming = batches(
+            self.encoded, settings.loader, seed=settings.seed, start=start + rank, step=num_ranks
+        )
+        for batch in incoming:
+            yield (
+                batch,
+                training_draws(
+                    batch, settings.timesteps, self.num_timesteps, seed=settings.seed, noise=self.noise
+                ),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""

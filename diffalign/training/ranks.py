@@ -1,0 +1,88 @@
+"""What the processes of one run tell one another; a single process sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+BUCKET_ELEMENTS = 2**25
+"""Numbers sent at once: enough to fill a network, little beside a model."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, seen from one of them.
+
+    Gradients are summed here and not by a wrapper around the network, so that an objective may run it as
+    often and in as many pieces as it likes.
+
+    Args:
+        accelerator: knows how many there are and how they talk.
+    """
+
+    accelerator: Accelerator
+
+    @property
+    def index(self) -> int:
+        """Number of this process, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.index == 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The `[n, ...]` tensors of all processes one after another, the same everywhere; n may differ."""
+        if self.count == 1:
+            return values
+        return torch.cat(gather_object([values.cpu()])).to(values.device)
+
+    def total(self, value: float) -> float:
+        """The sum of every process's number."""
+        return value if self.count == 1 else float(sum(gather_object([value])))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in some process."""
+        return flag if self.count == 1 else any(gather_object([flag]))
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        self.accelerator.wait_for_everyone()
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replaces every gradient by the sum over processes; one that is missing counts as 0."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            torch.distributed.all_reduce(flat)
+            pieces = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, piece in zip(bucket, pieces, strict=True):
+                gradient.copy_(piece.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, together about BUCKET_ELEMENTS numbers."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(held.numel() for held in bucket) >= BUCKET_ELEMENTS
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
