@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=16, help="pairs in one optimizer step")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--beta", type=float, default=500.0)
+    parser.add_argument("--beta", type=float, default=150.0)
     parser.add_argument("--resolution", type=int, default=64)
     return parser.parse_args()
 

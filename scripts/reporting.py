@@ -16,7 +16,7 @@ def head(title: str, command: str) -> list[str]:
     found = versions()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
     libraries = ", ".join(f"{name} {found[name]}" for name in LIBRARIES if name in found)
-    machine = f"Machine: {len(os.sched_getaffinity(0))} CPU cores, {gpu}. {libraries}."
+    machine = f"Machine: {os.cpu_count()} CPU cores, {gpu}. {libraries}."
     return [f"# {title}", "", f"`{command}`", "", machine, ""]
 
 

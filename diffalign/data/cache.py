@@ -35,6 +35,10 @@ class Encoder(Protocol):
         """One row a prompt."""
         ...
 
+    def say_too_long(self, prompts: list[str]) -> None:
+        """Says how many prompts are longer than the encoders read."""
+        ...
+
     def encode_dropped_prompt(self) -> Conditioning:
         """One row for "no prompt"."""
         ...
@@ -171,6 +175,7 @@ def encode(groups: Iterable[Group], encoder: Encoder, spec: PreprocessSpec, *, s
 
 
 def _encode_prompts(prompts: list[str], encoder: Encoder, store: _Store) -> Conditioning:
+    encoder.say_too_long(prompts)
     parts = []
     for start in range(0, len(prompts), PROMPT_BATCH):
         parts.append(encoder.encode_prompts(prompts[start : start + PROMPT_BATCH]).to("cpu"))

@@ -61,6 +61,10 @@ class Model(Protocol):
         """Conditioning with one row a prompt, on the model's device."""
         ...
 
+    def say_too_long(self, prompts: list[str]) -> None:
+        """Says how many prompts are longer than the text encoders read."""
+        ...
+
     def encode_dropped_prompt(self) -> Conditioning:
         """One row: the very branch that classifier-free guidance uses for "no prompt"."""
         ...

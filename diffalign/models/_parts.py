@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,6 +202,25 @@ def _quiet() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet_about_truncation() -> Iterator[None]:
+    """Inside, diffusers and transformers do not print what they cut off a long prompt: `say_too_long` does.
+
+    They print it for each batch, with the padding of every prompt in it.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    try:
+        for library, _ in before:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, level in before:
+            library.set_verbosity(level)
 
 
 def _is_part(entry: Any) -> bool:

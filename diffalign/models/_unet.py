@@ -14,11 +14,12 @@ from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError, brief
 from diffalign.common.manifest import recipe_identity
+from diffalign.common.progress import say
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze, without_requires_grad
 from diffalign.diffusion.process import Process
 from diffalign.models import _adapters, scheduler_class
 from diffalign.models._base import REFERENCE, TRAINED, NonFinitePicture, torch_dtype
-from diffalign.models._parts import Parts
+from diffalign.models._parts import Parts, quiet_about_truncation
 from diffalign.models._samplers import check_scheduler
 from diffalign.models._spec import AdapterSpec, ModelSpec
 
@@ -133,11 +134,26 @@ class UNetModel:
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning with one row a prompt; made by the pipeline's own `encode_prompt`."""
-        return self._embed(prompts, None)[0]
+        return self.embed_for_generation(prompts)[0]
+
+    def say_too_long(self, prompts: list[str]) -> None:
+        """Says how many prompts are longer than the text encoders read; their ends are ignored."""
+        if not prompts:
+            return
+        tokenizer = self.parts["tokenizer"]
+        with quiet_about_truncation():
+            lengths = [len(tokens) for tokens in tokenizer(prompts).input_ids]
+        limit = tokenizer.model_max_length
+        long = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+        if long:
+            say(
+                f"{len(long)} of {len(prompts)} prompts have more than the {limit} tokens that the text "
+                f"encoders read; the rest of them is ignored: {long[0][:40]!r}..."
+            )
 
     def encode_dropped_prompt(self) -> Conditioning:
         """One row: what classifier-free guidance uses as its negative when no negative prompt is given."""
-        return self._embed([""], None)[1]
+        return self.embed_for_generation([""])[1]
 
     def _embed(self, prompts: list[str], negative_prompt: str | None) -> tuple[Conditioning, Conditioning]:
         """Conditioning of the prompts and of their negatives, `len(prompts)` rows each."""
@@ -235,7 +251,8 @@ class UNetModel:
         self, prompts: list[str], negative_prompt: str | None = None
     ) -> tuple[Conditioning, Conditioning]:
         """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
-        return self._embed(prompts, negative_prompt)
+        with quiet_about_truncation():
+            return self._embed(prompts, negative_prompt)
 
     def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
         raise NotImplementedError

@@ -183,6 +183,7 @@ def _draw(
     from diffalign.common.progress import Progress
 
     done = _finished_rows(folder, jobs)
+    model.say_too_long(list(dict.fromkeys(job.prompt.text for job in jobs if job.image not in done)))
     with Progress("generate", len(jobs), "pictures", initial=len(done)) as progress:
         for batch in _batches(jobs, batch_size, done):
             texts, seeds = [job.prompt.text for job in batch], [job.seed for job in batch]

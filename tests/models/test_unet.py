@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,26 @@ def test_the_vae_keeps_its_precision_under_autocast(model: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.decode(mean), decoded)
         assert all(map(torch.equal, model.encode_images(images), (mean, std)))
+
+
+def test_long_prompts_are_counted_once_and_not_printed_whole(
+    model: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers prints what it cuts off, padding of the whole batch included; the reader needs the count."""
+    short, long = "a ring", "a cube " * 60
+    model.say_too_long([])
+    model.say_too_long([short])
+    assert capfd.readouterr().err == ""
+    model.say_too_long([short, long, long + "!"])
+    told = capfd.readouterr().err
+    assert told.startswith("2 of 3 prompts have more than the 77 tokens") and told.count("\n") == 1
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    for library in ("diffusers", "transformers"):
+        monkeypatch.setattr(logging.getLogger(library), "handlers", [handler])
+    model.encode_prompts([short, long])
+    assert not records
 
 
 def test_a_full_unet_of_another_base_is_no_policy(
