@@ -25,8 +25,8 @@ from PIL import Image
 from diffalign.common import draws, files
 from diffalign.common.manifest import versions
 from diffalign.common.statistics import bootstrap_interval
-from diffalign.data.cache import EncodedSet, encode_pairs
-from diffalign.data.select import Pair
+from diffalign.data.cache import EncodedSet, encode
+from diffalign.data.select import Group
 from diffalign.data.sources.pickapic import Plugin as PickAPic
 from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.demo import embedded
@@ -51,7 +51,7 @@ def main() -> int:
     arguments = parse()
     out, rows, seconds = Path(arguments.out), [], {}
     source = PickAPic(path=arguments.judge)
-    pairs = list(source.usable_pairs())
+    pairs = list(source.usable())
     for seed in range(arguments.seeds):
         seconds[seed] = train_seed(arguments, seed)
         rows += judge_seed(arguments, pairs, seed)
@@ -136,12 +136,12 @@ def train_seed(arguments: argparse.Namespace, seed: int) -> float:
     return seconds
 
 
-def judge_seed(arguments: argparse.Namespace, pairs: list[Pair], seed: int) -> list[dict[str, Any]]:
+def judge_seed(arguments: argparse.Namespace, pairs: list[Group], seed: int) -> list[dict[str, Any]]:
     """One row a decided pair: right under its own caption, under a shuffled one, by base error, by
     sharpness.
     """
     backbone = base_spec(arguments).load()
-    encoded = encode_pairs(pairs, backbone, preprocess(arguments), unit="pair", seed=0)
+    encoded = encode(pairs, backbone, preprocess(arguments), seed=0)
     backbone.drop_encoders()
     backbone.load_policy(f"{arguments.out}/seed-{seed}/adapter")
     judged = {
@@ -174,7 +174,7 @@ def shuffled_captions(encoded: EncodedSet) -> EncodedSet:
     return replace(encoded, examples=swapped)
 
 
-def kind(pair: Pair) -> str:
+def kind(pair: Group) -> str:
     """ "wrong-concept", or "degraded" for every degradation of the same picture."""
     worse = next(c.model or "" for c in pair.record.candidates if "degraded" in (c.model or ""))
     return "wrong-concept" if worse.endswith("wrong-concept") else "degraded"
@@ -190,12 +190,12 @@ def concept(caption: str) -> str:
     return text.strip()
 
 
-def sharper(pair: Pair) -> float:
+def sharper(pair: Group) -> float:
     """1 when the preferred picture has the larger mean gradient at 64 px, 0 when the smaller."""
     first, second = (gradient(image) for image in pair.images)
     if first == second:
         return 0.5
-    return float((first > second) == (pair.target > 0.5))
+    return float((first > second) == ((pair.target or 0.0) > 0.5))
 
 
 def gradient(image: Image.Image) -> float:

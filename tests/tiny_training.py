@@ -15,11 +15,12 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet, Example
 from diffalign.data.records import Candidate, ImageRef, Record
-from diffalign.data.select import Pair
+from diffalign.data.select import Group
 from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.likelihood import Draws
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.objectives.diffusion_dpo import Plugin as DPO
+from diffalign.training.feed import Offline
 from diffalign.training.loop import Run
 from diffalign.training.sampling import training_draws
 from diffalign.training.setup import accelerator_for
@@ -76,6 +77,7 @@ def take(batch: Batch, draws: Draws, groups: Sequence[int]) -> tuple[Batch, Draw
             cond=batch.cond.rows(rows),
             counts=batch.counts[chosen],
             target=None if batch.target is None else batch.target[chosen],
+            ratings={name: values[rows] for name, values in batch.ratings.items()},
         ),
         Draws(draws.t[rows], draws.noise[rows]),
     )
@@ -94,12 +96,12 @@ def make_pair(
     target: float = 1.0,
     images: tuple[Image.Image, Image.Image] | None = None,
     size: tuple[int, int] = (32, 32),
-) -> Pair:
+) -> Group:
     """A usable pair with random pictures keyed by its name."""
     seed = sum(ord(letter) * 31**place for place, letter in enumerate(name))
     chosen = images or (picture(2 * seed, size), picture(2 * seed + 1, size))
     candidates = [Candidate(ImageRef(name=f"{name}:{side}")) for side in (0, 1)]
-    return Pair(Record(name, prompt, candidates), chosen, target)
+    return Group(name, Record(name, prompt, candidates), tuple(candidates), chosen, target)
 
 
 def make_set(
@@ -155,7 +157,7 @@ def make_run(model: Any, train_set: EncodedSet, out: Path, **changes: Any) -> Ru
     return Run(
         model=model,
         objective=parts.get("objective", DPO(beta=2000.0)),
-        train_set=train_set,
+        feed=Offline(train_set, settings, model.process.num_timesteps),
         out=out,
         identity=parts.get("identity", "this run"),
         accelerator=accelerator,

@@ -36,7 +36,15 @@ TIES = ("drop", "soft")
 UNITS = ("pair", "list", "single")
 """What an objective trains on: two images of which one is preferred, k rated images, or single images."""
 
-BAD_REASONS = ("bad_text", "not_a_pair", "not_a_list", "bad_label", "missing_image", "corrupt_image", "tiny_image")
+BAD_REASONS = (
+    "bad_text",
+    "not_a_pair",
+    "not_a_list",
+    "bad_label",
+    "missing_image",
+    "corrupt_image",
+    "tiny_image",
+)
 """Drop reasons that speak against the data; `tie` and `unlabelled` are normal."""
 
 NAMED_IN_MESSAGES = 3

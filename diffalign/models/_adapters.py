@@ -112,14 +112,14 @@ def _belongs_to(adapter: str, parameter_name: str) -> bool:
     return f".{adapter}." in parameter_name or parameter_name.endswith(f".{adapter}")
 
 
-def adapter_state(network: Any) -> dict[str, Tensor]:
-    """Tensors of the adapter "trained" by peft name."""
-    return get_peft_model_state_dict(network, adapter_name=TRAINED)
+def adapter_state(network: Any, name: str = TRAINED) -> dict[str, Tensor]:
+    """Tensors of the adapter `name` by peft name."""
+    return get_peft_model_state_dict(network, adapter_name=name)
 
 
-def load_adapter_state(network: Any, state: dict[str, Tensor]) -> None:
+def load_adapter_state(network: Any, state: dict[str, Tensor], name: str = TRAINED) -> None:
     """Puts tensors of `adapter_state` back in place."""
-    set_peft_model_state_dict(network, state, adapter_name=TRAINED)
+    set_peft_model_state_dict(network, state, adapter_name=name)
 
 
 def save(network: Any, pipeline_class: Any, folder: str | Path) -> None:

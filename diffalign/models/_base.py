@@ -105,8 +105,22 @@ class Model(Protocol):
         """Refuses, before anything large is loaded, what `start_training` would refuse."""
         ...
 
-    def start_training(self, adapter: AdapterSpec, *, seed: int, with_reference: bool) -> None:
+    def start_training(
+        self, adapter: AdapterSpec, *, seed: int, with_reference: bool, moving_reference: bool = False
+    ) -> None:
         """Sets up the "train" and "reference" policies of the denoiser."""
+        ...
+
+    def move_reference(self, decay: float) -> None:
+        """Makes the reference `decay` times itself plus `1 - decay` times the policy."""
+        ...
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """The tensors of a reference that moves, by name, for checkpoints."""
+        ...
+
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Puts back what `reference_state` gave, in place."""
         ...
 
     def save_adapter(self, folder: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,16 +14,17 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError, brief
 from diffalign.common.manifest import recipe_identity
 from diffalign.common.progress import say
-from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze, without_requires_grad
+from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, without_requires_grad
 from diffalign.diffusion.process import Process
 from diffalign.models import _adapters, scheduler_class
-from diffalign.models._base import REFERENCE, TRAINED, NonFinitePicture, torch_dtype
+from diffalign.models._base import REFERENCE, NonFinitePicture, torch_dtype
 from diffalign.models._parts import Parts, quiet_about_truncation
 from diffalign.models._samplers import check_scheduler
-from diffalign.models._spec import AdapterSpec, ModelSpec
+from diffalign.models._spec import ModelSpec
+from diffalign.models._trainable import TrainableModel
 
 
-class UNetModel:
+class UNetModel(TrainableModel):
     """A backbone of the Stable Diffusion family; subclasses name the encoders and the conditioning.
 
     Args:
@@ -256,72 +256,6 @@ class UNetModel:
 
     def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
         raise NotImplementedError
-
-    # Training
-
-    def check_training(self, adapter: AdapterSpec) -> None:
-        """Refuses what `start_training` would, without loading the network.
-
-        Raises:
-            UserError: precision, targets or the adapter to start from do not fit the base.
-        """
-        if adapter.kind == "full":
-            self._refuse_half_precision()
-        else:
-            _adapters.check(self.parts.blueprint("unet"), self.pipeline_class, adapter)
-
-    def _refuse_half_precision(self) -> None:
-        if self.spec.dtype != "fp32":
-            raise UserError(
-                f"adapter.kind=full with model.dtype={self.spec.dtype}: small updates are lost in half "
-                "precision; use model.dtype=fp32 (with precision=bf16 for speed)"
-            )
-
-    def start_training(self, adapter: AdapterSpec, *, seed: int, with_reference: bool) -> None:
-        """Sets up the policies "train" and "reference"; the reference is the policy as it is now.
-
-        Args:
-            adapter: what is trained.
-            seed: of a fresh adapter's random half.
-            with_reference: False spares the frozen copy where the objective needs none.
-        """
-        denoiser, network = self.denoiser, self.network
-        if adapter.kind == "full":
-            self._refuse_half_precision()
-            if with_reference:
-                denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
-            network.requires_grad_(True)
-        elif adapter.init is None:
-            _adapters.add_fresh(network, adapter, seed=seed)
-            _adapters.activate(network, TRAINED)
-        else:
-            _adapters.add_from_file(network, self.pipeline_class, adapter.init, dropout=adapter.dropout)
-            if with_reference:
-                _adapters.add_frozen_copy(network, REFERENCE)
-                denoiser.policies[REFERENCE] = Adapters((REFERENCE,))
-        network.train()
-
-    @property
-    def _trains_adapter(self) -> bool:
-        return TRAINED in getattr(self.network, "peft_config", {})
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """The tensors that training changes, by name."""
-        return _adapters.adapter_state(self.network) if self._trains_adapter else self.network.state_dict()
-
-    def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Puts back what `trained_state` gave, in place."""
-        if self._trains_adapter:
-            _adapters.load_adapter_state(self.network, state)
-        else:
-            self.network.load_state_dict(state)
-
-    def save_adapter(self, folder: str) -> None:
-        """Writes the LoRA as diffusers loads it, or the full UNet under `unet/`."""
-        if self._trains_adapter:
-            _adapters.save(self.network, self.pipeline_class, folder)
-        else:
-            self.network.save_pretrained(f"{folder}/unet")
 
     def load_policy(self, path: str) -> None:
         """Makes what a run saved at `path` (LoRA or full UNet) the policy "train", the base its reference.

@@ -41,8 +41,19 @@ def finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return summary
 
 
-def claim(folder: Path, recipe: dict[str, Any], base: str, init: str | None, inputs: dict[str, Any]) -> str:
-    """Writes what the run in `folder` is, or checks that it is this one; returns its identity."""
+def claim(
+    folder: Path,
+    recipe: dict[str, Any],
+    base: str,
+    init: str | None,
+    inputs: dict[str, Any],
+    *,
+    write: bool = True,
+) -> str:
+    """Writes what the run in `folder` is, or checks that it is this one; returns its identity.
+
+    `write` is False in processes that leave the files to another one.
+    """
     reference = manifest.identities({} if init is None else {"adapter.init": init})
     identity = manifest.recipe_identity(
         {
@@ -52,6 +63,8 @@ def claim(folder: Path, recipe: dict[str, Any], base: str, init: str | None, inp
             "data": manifest.identities(inputs),
         }
     )
+    if not write:
+        return identity
     earlier = earlier_run(folder, "train")
     if earlier is None:
         said = {"stage": "train", "identity": identity, "recipe": recipe, "base": base}

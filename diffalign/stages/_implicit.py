@@ -9,7 +9,7 @@ from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.common.progress import Progress
 from diffalign.common.statistics import Interval, bootstrap_interval
-from diffalign.data.cache import EncodedSet, encode_pairs
+from diffalign.data.cache import EncodedSet, encode
 from diffalign.data.sources._base import Source
 from diffalign.data.specs import PreprocessSpec
 from diffalign.models._spec import ModelSpec
@@ -39,8 +39,8 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source,
     accelerator = accelerator_for(recipe["precision"])
     backbone = model.load(str(accelerator.device))
     backbone.load_policy(recipe["adapter"])
-    pairs = data.usable_pairs(limit=recipe["limit"], ties="drop")
-    encoded = encode_pairs(pairs, backbone, preprocess, unit="pair", seed=0)
+    pairs = data.usable(limit=recipe["limit"], ties="drop")
+    encoded = encode(pairs, backbone, preprocess, seed=0)
     backbone.drop_encoders()
     judgements = []
     with Progress("judge", len(encoded), "pairs") as bar:

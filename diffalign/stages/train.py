@@ -14,6 +14,8 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,15 +27,23 @@ from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.stages import _folder
-from diffalign.training.specs import CheckpointSpec, OptimizerSpec, SampleSpec, Settings, ValidationSpec
+from diffalign.training.specs import (
+    CheckpointSpec,
+    OptimizerSpec,
+    ReferenceSpec,
+    SampleSpec,
+    Settings,
+    ValidationSpec,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from diffalign.data.cache import EncodedSet
-    from diffalign.data.select import UsablePairs
+    from diffalign.data.select import UsableGroups
     from diffalign.models._base import Model
     from diffalign.objectives._base import Objective
+    from diffalign.training.feed import Feed
     from diffalign.training.watch import Watch
 
 
@@ -51,6 +61,7 @@ def train(
     validation: ValidationSpec = ValidationSpec(),  # noqa: B008
     samples: SampleSpec = SampleSpec(),  # noqa: B008
     checkpoint: CheckpointSpec = CheckpointSpec(),  # noqa: B008
+    reference: ReferenceSpec = ReferenceSpec(),  # noqa: B008
     num_steps: int = 1000,
     accumulation: int = 1,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -73,6 +84,7 @@ def train(
         validation: held-out accuracy while training.
         samples: pictures while training.
         checkpoint: how often the run is kept.
+        reference: what the policy is held against.
         num_steps: optimizer steps.
         accumulation: micro-batches of `loader.batch_size` groups in one optimizer step.
         precision: of the forward and backward pass; errors and losses are float32 in any case.
@@ -86,101 +98,126 @@ def train(
     model = make_one("models", model)
     data = make_one("data.sources", data)
     objective = make_one("objectives", objective)
-    _check_unit(objective, data, validation)
+    _check_objective(objective, settings)
     finished = _folder.finished(Path(out), recipe)
     return finished or _train(model, data, objective, settings, recipe, Path(out))
 
 
 def _train(
-    spec: Any, data: Any, objective: Any, settings: Settings, recipe: dict[str, Any], folder: Path
+    spec: Any, data: Any, objective: Objective, settings: Settings, recipe: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Prepares, runs and closes a run that is not complete yet."""
-    from diffalign.common import files, manifest
+    from diffalign.common import manifest
     from diffalign.training import loop
     from diffalign.training.card import model_card
     from diffalign.training.setup import accelerator_for
 
     accelerator = accelerator_for(settings.precision)
+    groups = data.usable(
+        unit=objective.unit,
+        undesirable=objective.undesirable,
+        reject=objective.reject,
+        limit=settings.limit,
+    )
+    objective.check_data(data.score_facts())
     model: Model = spec.load(str(accelerator.device))
     base = model.fingerprint()
     settings.timesteps.check(model.process.num_timesteps)
     model.check_training(settings.adapter)
     inputs = data.inputs()
-    pairs = data.usable_pairs(limit=settings.limit)
-    train_set, watch = _prepare(pairs, model, objective, settings, folder, accelerator)
-    with files.folder_lock(folder):
-        for inside in (folder, folder / "samples"):
-            files.remove_leftovers(inside)
-        identity = _folder.claim(folder, recipe, base, settings.adapter.init, inputs)
-        run = loop.Run(model, objective, train_set, folder, identity, accelerator, settings, watch)
+    feed, watch = _prepare(groups, model, objective, settings, folder, accelerator)
+    with _claimed(folder, accelerator) as is_main:
+        identity = _folder.claim(folder, recipe, base, settings.adapter.init, inputs, write=is_main)
+        accelerator.wait_for_everyone()
+        run = loop.Run(model, objective, feed, folder, identity, accelerator, settings, watch)
         summary = loop.fit(run)
-        counts = pairs.tally.counts()
-        loop.finish(run, model_card(recipe, base_identity=base, counts=counts, summary=summary))
-        manifest.write_manifest(
-            folder,
-            stage="train",
-            recipe=recipe,
-            inputs=inputs,
-            seed=settings.seed,
-            counts=counts,
-            dropped=pairs.tally.dropped,
-            extra={"identity": identity, "base": base, "summary": summary},
-        )
+        counts = groups.tally.counts()
+        if is_main:
+            loop.finish(run, model_card(recipe, base_identity=base, counts=counts, summary=summary))
+            manifest.write_manifest(
+                folder,
+                stage="train",
+                recipe=recipe,
+                inputs=inputs,
+                seed=settings.seed,
+                counts=counts,
+                dropped=groups.tally.dropped,
+                extra={"identity": identity, "base": base, "summary": summary},
+            )
+        accelerator.wait_for_everyone()
     return summary
 
 
-def _check_unit(objective: Objective, data: Any, validation: ValidationSpec) -> None:
-    """Refuses what an objective on single images cannot use."""
-    if objective.unit == "pair":
+@contextmanager
+def _claimed(folder: Path, accelerator: Accelerator) -> Iterator[bool]:
+    """Locks and tidies the folder in the first process; yields whether this is it."""
+    from diffalign.common import files
+
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        yield False
         return
-    if data.ties == "soft":
+    with files.folder_lock(folder):
+        for inside in (folder, folder / "samples"):
+            files.remove_leftovers(inside)
+        accelerator.wait_for_everyone()
+        yield True
+
+
+def _check_objective(objective: Objective, settings: Settings) -> None:
+    """Refuses settings that an objective cannot use."""
+    if settings.validation.share > 0.0 and objective.unit != "pair":
         raise UserError(
-            f"data.ties=soft needs pairs, objective={plugin_name(objective)} trains on {objective.unit} "
-            "images: use data.ties=drop"
+            f"validation.share={settings.validation.share:g} needs pairs, "
+            f"objective={plugin_name(objective)} trains on {objective.unit} images: set validation.share=0"
         )
-    if validation.share > 0.0:
+    if settings.reference.mode != "frozen" and not objective.uses_reference:
         raise UserError(
-            f"validation.share={validation.share:g} needs pairs, objective={plugin_name(objective)} trains "
-            f"on {objective.unit} images: set validation.share=0"
+            f"reference.mode={settings.reference.mode}: objective={plugin_name(objective)} has no reference; "
+            "leave it out"
         )
 
 
 def _prepare(
-    pairs: UsablePairs,
+    groups: UsableGroups,
     model: Model,
     objective: Objective,
     settings: Settings,
     folder: Path,
     accelerator: Accelerator,
-) -> tuple[EncodedSet, Watch]:
-    """Encodes all data, frees the encoders and sets up the policies; the training set and the watch."""
+) -> tuple[Feed, Watch]:
+    """Encodes all data, frees the encoders and sets up the policies; what gives micro-batches, the watch."""
+    from diffalign.training.feed import Offline
     from diffalign.training.watch import Watch
 
-    encoded = _encode(pairs, model, settings.preprocess, objective.unit, settings.seed)
+    encoded = _encode(groups, model, settings, objective.unit)
     train_set, heldout = _split(encoded, settings.validation, settings.seed)
     prompts = settings.samples.prompts
     embedded = model.embed_for_generation(prompts) if prompts else None
     model.drop_encoders()
-    with_reference = objective.uses_reference or heldout is not None
-    model.start_training(settings.adapter, seed=settings.seed, with_reference=with_reference)
-    return train_set, Watch(settings, heldout, embedded, folder, accelerator)
+    model.start_training(
+        settings.adapter,
+        seed=settings.seed,
+        with_reference=objective.uses_reference or heldout is not None,
+        moving_reference=settings.reference.mode != "frozen",
+    )
+    feed = Offline(train_set, settings, model.process.num_timesteps, objective.noise)
+    return feed, Watch(settings, heldout, embedded, folder, accelerator)
 
 
-def _encode(
-    pairs: UsablePairs, backbone: Model, preprocess: PreprocessSpec, unit: str, seed: int
-) -> EncodedSet:
+def _encode(groups: UsableGroups, backbone: Model, settings: Settings, unit: str) -> EncodedSet:
     from diffalign.common.progress import Progress, say
-    from diffalign.data.cache import encode_pairs
+    from diffalign.data.cache import encode
 
-    with Progress("encode", None, "pairs") as bar:
+    with Progress("encode", None, f"{unit}s") as bar:
 
         def counted() -> Any:
-            for pair in pairs:
-                yield pair
+            for group in groups:
+                yield group
                 bar.update(1)
 
-        encoded = encode_pairs(counted(), backbone, preprocess, unit=unit, seed=seed)
-    say(f"{len(encoded)} examples of {pairs.tally.asked} rows; dropped: {pairs.tally.reasons()}")
+        encoded = encode(counted(), backbone, settings.preprocess, seed=settings.seed)
+    say(f"{len(encoded)} examples of {groups.tally.asked} rows; dropped: {groups.tally.reasons()}")
     return encoded
 
 

@@ -56,16 +56,20 @@ def save(out: Path, checkpoint: Checkpoint, *, identity: str, keep: int) -> Path
     return folder
 
 
+def tidy(out: Path) -> None:
+    """Removes what a killed run has left half-written or half-removed below `out`."""
+    files.remove_leftovers(out / FOLDER)
+    for torn in {*(out / FOLDER).glob("step-*")} - set(_folders(out)):  # killed while it was being removed
+        shutil.rmtree(torn)
+
+
 def load_latest(out: Path, *, identity: str) -> Checkpoint | None:
     """The newest checkpoint below `out`, on the CPU, or None.
 
     Raises:
         UserError: it belongs to another base, reference, data set or recipe.
     """
-    files.remove_leftovers(out / FOLDER)
     folders = _folders(out)
-    for torn in {*(out / FOLDER).glob("step-*")} - set(folders):  # killed while it was being removed
-        shutil.rmtree(torn)
     if not folders:
         return None
     manifest = files.read_json(folders[-1] / MANIFEST_FILE)

@@ -162,6 +162,9 @@ def _start(run: Run) -> _State:
         run.accelerator.prepare_optimizer(adamw), parameters, Health(run.model.process.num_timesteps)
     )
     adamw.zero_grad()  # a run that failed in this very process may have left half a step
+    if run.ranks.is_main:
+        checkpoints.tidy(run.out)
+    run.ranks.wait()
     found = checkpoints.load_latest(run.out, identity=run.identity)
     if found is None:
         return state
@@ -220,10 +223,8 @@ def _timed_step(run: Run, state: _State, incoming: Iterator[tuple[Batch, Draws]]
     return loss, num_groups / (time.perf_counter() - started)
 
 
-def _optimizer_step(
-    run: Run, state: _State, micro: list[tuple[Batch, Draws]], num_groups: float
-) -> float:
-    """One optimizer step on the mean loss over the `num_groups` groups of all processes; returns that mean."""
+def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]], num_groups: float) -> float:
+    """One optimizer step on the mean loss over all processes' `num_groups` groups; returns that mean."""
     denoiser, objective, ranks = run.model.denoiser, run.objective, run.ranks
     with run.accelerator.autocast():
         shared = objective.prepare(denoiser, micro, ranks.gather)
@@ -300,7 +301,11 @@ def _log(run: Run, state: _State, log: MetricsLog) -> None:
     if state.health.is_empty:
         return
     rate = learning_rate(run.settings.optimizer, state.step - 1, run.settings.num_steps)
-    row = {**state.health.report(run.ranks.gather), "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
+    row = {
+        **state.health.report(run.ranks.gather),
+        "lr": rate,
+        "skipped_steps": state.counters["skipped_steps"],
+    }
     log.write("train", state.step, row)
 
 

@@ -29,7 +29,7 @@ def training_draws(
         for name, position in zip(batch.ids, batch.positions.tolist(), strict=True)
     ]
     t = timesteps.draw(torch.tensor(uniforms, dtype=torch.float64), num_timesteps)
-    keys = [(seed, "noise", name, batch.epoch) for name in batch.ids]
+    keys: list[tuple[int | str, ...]] = [(seed, "noise", name, batch.epoch) for name in batch.ids]
     if noise == "shared":
         return _per_image(batch, t, keys)
     shape, counts = tuple(batch.latents.shape[1:]), batch.counts.cpu()

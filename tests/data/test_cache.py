@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ from PIL import Image
 
 from diffalign.common.errors import UserError
 from diffalign.data.buckets import PreprocessSpec
-from diffalign.data.cache import EncodedSet, encode_pairs
+from diffalign.data.cache import EncodedSet, ratings
+from diffalign.data.cache import encode as encode_groups
+from diffalign.data.records import Candidate, ImageRef, Score
+from diffalign.data.select import Group
 from diffalign.models.sdxl import Plugin
 from tests.tiny_training import make_pair, picture
 
@@ -21,8 +25,14 @@ def encoder(tiny_sdxl: str) -> Any:
     return Plugin(path=tiny_sdxl).load()
 
 
-def encode(pairs: Any, encoder: Any, *, unit: str = "pair", seed: int = 0, **options: Any) -> EncodedSet:
-    return encode_pairs(pairs, encoder, PreprocessSpec(**options), unit=unit, seed=seed)
+def encode(groups: Any, encoder: Any, *, seed: int = 0, **options: Any) -> EncodedSet:
+    return encode_groups(groups, encoder, PreprocessSpec(**options), seed=seed)
+
+
+def preferred(pair: Group) -> Group:
+    """The preferred picture of a pair as a single one."""
+    side = 0 if pair.target == 1.0 else 1
+    return replace(pair, candidates=(pair.candidates[side],), images=(pair.images[side],), target=1.0)
 
 
 def test_latents_and_prompts_are_those_of_the_model(encoder: Any) -> None:
@@ -90,26 +100,27 @@ def test_per_image_size_conditioning_is_for_single_images(encoder: Any) -> None:
     """64 x 32 pixels into the bucket (24, 40): scaled by 3/4 to 48 x 24, 4 columns cut at the left."""
     pairs = [make_pair("a", size=(64, 32))]
     with pytest.raises(
-        UserError, match=r"size_conditioning=per_image gives labels away in pairs: use target"
+        UserError, match=r"size_conditioning=per_image gives labels away in groups: use target"
     ):
         encode(pairs, encoder, size_conditioning="per_image")
-    encoded = encode(pairs, encoder, size_conditioning="per_image", unit="single")
+    encoded = encode(map(preferred, pairs), encoder, size_conditioning="per_image")
     assert encoded.examples[0].conditions[0]["time_ids"].tolist() == [[32, 64, 0, 4, 24, 40]]
 
 
-def test_single_examples_are_the_preferred_pictures(encoder: Any) -> None:
-    pairs = [make_pair("a"), make_pair("b", target=0.2)]
-    encoded = encode(pairs, encoder, unit="single")
-    assert [example.id for example in encoded.examples] == ["a", "b"]
-    assert [example.target for example in encoded.examples] == [None, None]
-    both = encode(pairs, encoder)
+def test_single_examples_have_one_picture(encoder: Any) -> None:
+    pairs = [make_pair("a"), make_pair("b", target=0.0)]
+    encoded, both = encode(map(preferred, pairs), encoder), encode(pairs, encoder)
+    assert [example.target for example in encoded.examples] == [1.0, 1.0]
     for single, (row, side) in zip(encoded.examples, ((0, 0), (1, 1)), strict=True):
         wanted = both.means[both.examples[row].images[side]]
         assert torch.allclose(encoded.means[single.images[0]], wanted, atol=1e-5)
-    with pytest.raises(UserError, match=r"tie is a tie, .*: use data\.ties=drop"):
-        encode([*pairs, make_pair("tie", target=0.5)], encoder, unit="single")
-    with pytest.raises(UserError, match="no pair is left to train on"):
-        encode([], encoder, unit="single")
+
+
+def test_ratings_are_turned_so_that_higher_is_better() -> None:
+    scores = {"clip": Score(0.3, "cosine"), "fid": Score(7.0, "d", extra={"higher_is_better": False})}
+    candidate = Candidate(ImageRef(name="x"), scores=scores, label=1.0, rank=2, votes=5)
+    assert ratings(candidate) == {"clip": 0.3, "fid": -7.0, "label": 1.0, "votes": 5.0, "rank": -2.0}
+    assert ratings(Candidate(ImageRef(name="y"))) == {}
 
 
 def test_latents_that_are_not_finite_name_their_row(tiny_sdxl: str) -> None:
@@ -142,9 +153,3 @@ def test_the_batch_size_of_encoding_does_not_matter(encoder: Any) -> None:
     assert [example.images for example in one.examples] == [example.images for example in many.examples]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one.means, many.means, strict=True))
     assert {tuple(mean.shape) for mean in one.means} == {(4, 12, 20), (4, 16, 16)}
-
-
-def test_units_that_pairs_cannot_be_are_refused(encoder: Any) -> None:
-    """A ranked list must not be trained on its first two pictures."""
-    with pytest.raises(UserError, match="trains on units of 'list', the data has pairs"):
-        encode([make_pair("a")], encoder, unit="list")

@@ -6,7 +6,7 @@ import pytest
 
 from diffalign.data.census import Census, clip_pieces, findings
 from diffalign.data.records import Candidate, ImageRef, Record
-from diffalign.data.select import UsablePairs
+from diffalign.data.select import UsableGroups
 from diffalign.data.sources.pickapic import to_record
 from tests.pickapic_files import BLUE, RED, jpeg, messy_rows, row
 
@@ -73,7 +73,7 @@ def test_rows_that_share_only_the_caption_or_only_the_pictures_are_no_duplicates
 
 @pytest.mark.parametrize("ties", ["drop", "soft"])
 def test_usable_and_bad_share_are_what_training_finds(ties: str) -> None:
-    pairs = UsablePairs(messy(), ties=ties, max_bad_share=1.0)
+    pairs = UsableGroups(messy(), ties=ties, max_bad_share=1.0)
     used = len(list(pairs))
     census = census_of(messy(), ties)
     assert census.usable == used == {"drop": 9, "soft": 10}[ties]

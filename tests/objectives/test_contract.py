@@ -44,7 +44,7 @@ def an_objective(name: str) -> Any:
 
 
 def run(objective: Any, model: Any, batch: Batch, draws: Draws) -> Output:
-    shared = objective.prepare(model.denoiser, [(batch, draws)])
+    shared = objective.prepare(model.denoiser, [(batch, draws)], lambda values: values)
     output: Output = objective.compute(model.denoiser, batch, draws, shared)
     return output
 

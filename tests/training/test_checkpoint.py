@@ -11,7 +11,7 @@ import torch
 
 from diffalign.common.errors import UserError
 from diffalign.training import checkpoint as checkpoints
-from diffalign.training.checkpoint import Checkpoint, load_latest, save
+from diffalign.training.checkpoint import Checkpoint, load_latest, save, tidy
 
 
 def at(step: int) -> Checkpoint:
@@ -81,6 +81,7 @@ def test_a_write_that_is_cut_short_leaves_the_last_checkpoint(
         patch.setattr(*where, dies)
         with pytest.raises(Killed):
             keep(tmp_path, 6)
+    tidy(tmp_path)
     found = load_latest(tmp_path, identity="mine")
     assert found is not None and found.step == 3
     assert names(tmp_path) == ["step-00000003"]
@@ -92,6 +93,7 @@ def test_what_a_kill_leaves_behind_is_removed(tmp_path: Path) -> None:
     for rest in (".tmp-0123abcd-step-00000006", "step-00000001"):
         (tmp_path / "checkpoints" / rest).mkdir()
         (tmp_path / "checkpoints" / rest / "trained.safetensors").write_bytes(b"half")
+    tidy(tmp_path)
     found = load_latest(tmp_path, identity="mine")
     assert found is not None and found.step == 3
     assert names(tmp_path) == ["step-00000003"]

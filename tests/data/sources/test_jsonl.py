@@ -41,12 +41,12 @@ def test_file_or_folder_with_limit_and_prompts(tmp_path: Path) -> None:
 def test_pictures_are_beside_the_file_and_a_missing_one_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path, [pair("x"), pair("tied", labels=(0.5, 0.5)), {**pair("gone"), "id": "gone"}])
     (tmp_path / "0.jpg").write_bytes(jpeg(1, (16, 16)))
-    pairs = Plugin(str(path), max_bad_share=1.0).usable_pairs()
-    with pytest.raises(UserError, match="none of 3 rows is a usable pair"):
+    pairs = Plugin(str(path), max_bad_share=1.0).usable()
+    with pytest.raises(UserError, match="none of 3 rows is usable"):
         list(pairs)
     assert pairs.tally.dropped == {"missing_image": ["x", "gone"], "tie": ["tied"]}
     (tmp_path / "1.jpg").write_bytes(jpeg(2, (16, 8)))
-    (first, second) = Plugin(str(path)).usable_pairs()
+    (first, second) = Plugin(str(path)).usable()
     assert [image.size for image in first.images] == [(16, 16), (16, 8)]
     assert (first.target, second.record.id) == (1.0, "gone")
 

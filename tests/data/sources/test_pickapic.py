@@ -69,7 +69,7 @@ def test_a_caption_that_is_not_utf8_is_dropped_and_named(tmp_path: Path) -> None
     assert [(record.id, record.prompt) for record in source.records()] == [
         ("t.parquet:0", "a cat 0"), ("t.parquet:1", ""), ("t.parquet:2", "a cat 2"),
     ]  # fmt: skip
-    pairs = source.usable_pairs()
+    pairs = source.usable()
     assert [pair.record.id for pair in pairs] == ["t.parquet:0", "t.parquet:2"]
     assert pairs.tally.dropped == {"bad_text": ["t.parquet:1"]} and pairs.tally.bad_share == 1 / 3
     census = Census()
@@ -249,10 +249,10 @@ def test_arguments_are_checked_when_the_source_is_made(tmp_path: Path) -> None:
 def test_usable_pairs_follow_the_options_of_the_source(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", messy_rows())
     with pytest.raises(UserError, match=r"t\.parquet: 43\.8% of the rows"):
-        list(Plugin(str(path)).usable_pairs())
-    assert len(list(Plugin(str(path), max_bad_share=0.5).usable_pairs())) == 9
-    assert len(list(Plugin(str(path), max_bad_share=0.5, ties="soft").usable_pairs())) == 10
-    assert len(list(Plugin(str(path), max_bad_share=0.5).usable_pairs(limit=4))) == 4
+        list(Plugin(str(path)).usable())
+    assert len(list(Plugin(str(path), max_bad_share=0.5).usable())) == 9
+    assert len(list(Plugin(str(path), max_bad_share=0.5, ties="soft").usable())) == 10
+    assert len(list(Plugin(str(path), max_bad_share=0.5).usable(limit=4))) == 4
 
 
 def test_inputs_are_the_files_read(tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""Training of a loaded network: what is trained, what it is held against, and how both are kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.common.errors import UserError
+from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze
+from diffalign.models import _adapters
+from diffalign.models._base import REFERENCE, TRAINED
+from diffalign.models._parts import Parts
+from diffalign.models._spec import AdapterSpec, ModelSpec
+
+
+class TrainableModel:
+    """The training half of a backbone; the other half loads, encodes and draws."""
+
+    spec: ModelSpec
+    parts: Parts
+    _moves_reference = False
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network behind the boundary."""
+        raise NotImplementedError
+
+    @property
+    def network(self) -> Any:
+        """The network."""
+        raise NotImplementedError
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline that reads and writes adapters."""
+        raise NotImplementedError
+
+    def check_training(self, adapter: AdapterSpec) -> None:
+        """Refuses what `start_training` would, without loading the network.
+
+        Raises:
+            UserError: precision, targets or the adapter to start from do not fit the base.
+        """
+        if adapter.kind == "full":
+            self._refuse_half_precision()
+        else:
+            _adapters.check(self.parts.blueprint("unet"), self.pipeline_class, adapter)
+
+    def _refuse_half_precision(self) -> None:
+        if self.spec.dtype != "fp32":
+            raise UserError(
+                f"adapter.kind=full with model.dtype={self.spec.dtype}: small updates are lost in half "
+                "precision; use model.dtype=fp32 (with precision=bf16 for speed)"
+            )
+
+    def start_training(
+        self, adapter: AdapterSpec, *, seed: int, with_reference: bool, moving_reference: bool = False
+    ) -> None:
+        """Sets up the policies "train" and "reference"; the reference is the policy as it is now.
+
+        Args:
+            adapter: what is trained.
+            seed: of a fresh adapter's random half.
+            with_reference: False spares the frozen copy where the objective needs none.
+            moving_reference: `move_reference` will be called: the reference gets weights of its own also
+                where it is the base alone.
+        """
+        network = self.network
+        self._moves_reference = with_reference and moving_reference
+        if adapter.kind == "full":
+            self._refuse_half_precision()
+            if with_reference:
+                self.denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
+            network.requires_grad_(True)
+        elif adapter.init is None:
+            _adapters.add_fresh(network, adapter, seed=seed)
+            self._hold_reference(self._moves_reference)
+        else:
+            _adapters.add_from_file(network, self.pipeline_class, adapter.init, dropout=adapter.dropout)
+            self._hold_reference(with_reference)
+        network.train()
+
+    def _hold_reference(self, held: bool) -> None:
+        """Gives the reference an adapter of its own, a copy of the trained one, if it is to be held."""
+        if held:
+            _adapters.add_frozen_copy(self.network, REFERENCE)
+            self.denoiser.policies[REFERENCE] = Adapters((REFERENCE,))
+        _adapters.activate(self.network, TRAINED)
+
+    @torch.no_grad()
+    def move_reference(self, decay: float) -> None:
+        """Makes the reference `decay` times itself plus `1 - decay` times the policy, weight by weight."""
+        for reference, trained in self._reference_pairs():
+            if decay == 0.0:
+                reference.copy_(trained)
+            else:
+                reference.lerp_(trained.to(reference.dtype), 1.0 - decay)
+
+    def _reference_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor of a reference that moves, with the policy's."""
+        if not self._moves_reference:
+            raise RuntimeError("start_training(moving_reference=True) comes first")
+        policy = self.denoiser.policies[REFERENCE]
+        if isinstance(policy, FrozenCopy):
+            yield from zip(policy.network.parameters(), self.network.parameters(), strict=True)
+            return
+        ours = _adapters.adapter_state(self.network, TRAINED)
+        for name, tensor in _adapters.adapter_state(self.network, REFERENCE).items():
+            yield tensor, ours[name]
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """The tensors of a reference that moves, by name; nothing of one that does not."""
+        if not self._moves_reference:
+            return {}
+        policy = self.denoiser.policies[REFERENCE]
+        if isinstance(policy, FrozenCopy):
+            return dict(policy.network.state_dict())
+        return _adapters.adapter_state(self.network, REFERENCE)
+
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Puts back what `reference_state` gave, in place."""
+        if not self._moves_reference:
+            return
+        policy = self.denoiser.policies[REFERENCE]
+        if isinstance(policy, FrozenCopy):
+            policy.network.load_state_dict(state)
+        else:
+            _adapters.load_adapter_state(self.network, state, REFERENCE)
+
+    @property
+    def _trains_adapter(self) -> bool:
+        return TRAINED in getattr(self.network, "peft_config", {})
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name."""
+        return _adapters.adapter_state(self.network) if self._trains_adapter else self.network.state_dict()
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Puts back what `trained_state` gave, in place."""
+        if self._trains_adapter:
+            _adapters.load_adapter_state(self.network, state)
+        else:
+            self.network.load_state_dict(state)
+
+    def save_adapter(self, folder: str) -> None:
+        """Writes the LoRA as diffusers loads it, or the full UNet under `unet/`."""
+        if self._trains_adapter:
+            _adapters.save(self.network, self.pipeline_class, folder)
+        else:
+            self.network.save_pretrained(f"{folder}/unet")
