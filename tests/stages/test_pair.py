@@ -9,29 +9,11 @@ from typing import Any
 
 import pytest
 
-from diffalign.common.config import load_recipe
 from diffalign.common.errors import UserError
 from diffalign.data.sources.jsonl import Plugin
 from diffalign.stages.pair import pair
 from tests.pickapic_files import jpeg
-
-
-def picture(name: str, prompt: str, value: float | None, **fields: Any) -> dict[str, Any]:
-    """One row as `score` writes it."""
-    return {
-        "id": name,
-        "image": f"pictures/{name}.jpg",
-        "prompt": prompt,
-        "prompt_id": f"id-of-{prompt}",
-        "seed": int(name[1:]),
-        "model": "base",
-        "width": 16,
-        "meta": {"Category": "Animals"},
-        "scores": {"clip": {"value": value, "scale": "cosine", "version": "1", "parts": {"x": 2}}},
-        "errors": {},
-        **fields,
-    }
-
+from tests.scored_pictures import manifest, picture, run, write
 
 # cat: 0.2 0.5 0.4 0.5; dog: one picture; fish: equal; bird: one valid of two.
 ROWS = [
@@ -48,29 +30,8 @@ ROWS = [
 ]
 
 
-def write(folder: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder / "scores.jsonl"
-
-
-def run(tmp_path: Path, *words: str) -> list[tuple[str, float]]:
-    """(id, label of the first candidate) of each written preference."""
-    recipe = load_recipe(pair, None, [f"images={tmp_path / 'scored'}", f"out={tmp_path / 'pairs'}", *words])
-    path = pair(**recipe.arguments)
-    assert path == tmp_path / "pairs" / "preferences.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert all(row["candidates"][0]["label"] + row["candidates"][1]["label"] == 1.0 for row in rows)
-    return [(row["id"], row["candidates"][0]["label"]) for row in rows]
-
-
-def manifest(tmp_path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((tmp_path / "pairs" / "manifest.json").read_text())
-    return found
-
-
 def test_best_against_worst_of_each_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "scored")
+    path = write(tmp_path / "scored", ROWS)
     assert run(tmp_path) == [("p0|p2", 0.0)]  # the first of the two best; in the order of the file
     said = "1 pairs by clip out of 4 prompts (1 nan_score, 1 no_score, 2 single_picture, 1 tie)"
     assert said in capsys.readouterr().err
@@ -89,12 +50,23 @@ def test_best_against_worst_of_each_prompt(tmp_path: Path, capsys: pytest.Captur
         "tie": ["p3|p5"],
     }
     assert (found["scorer"], found["higher_is_better"]) == ("clip", True)
+    assert found["scores"] == {  # of the two pictures that are in the pair, not of all
+        "clip": {
+            "scale": "cosine",
+            "version": "1",
+            "higher_is_better": True,
+            "n": 2,
+            "min": 0.2,
+            "max": 0.5,
+            "mean": 0.35,
+        }
+    }
     assert found["inputs"]["images"]["path"] == str(path)
     assert found["recipe"]["how"] == "best_worst"
 
 
 def test_all_pairs_with_ties_dropped_or_soft(tmp_path: Path) -> None:
-    write(tmp_path / "scored")
+    write(tmp_path / "scored", ROWS)
     assert run(tmp_path, "how=all_pairs") == [
         ("p0|p2", 0.0),
         ("p0|p4", 0.0),
@@ -104,7 +76,7 @@ def test_all_pairs_with_ties_dropped_or_soft(tmp_path: Path) -> None:
     ]
     assert manifest(tmp_path)["dropped"]["tie"] == ["p2|p8", "p3|p5"]
     soft = tmp_path / "soft"
-    write(soft / "scored")
+    write(soft / "scored", ROWS)
     assert run(soft, "how=all_pairs", "ties=soft")[3:] == [
         ("p2|p4", 1.0),
         ("p2|p8", 0.5),
@@ -143,7 +115,7 @@ def test_lower_is_better_where_the_rows_say_so(tmp_path: Path) -> None:
 
 
 def test_the_records_are_what_the_jsonl_source_reads(tmp_path: Path) -> None:
-    write(tmp_path / "scored")
+    write(tmp_path / "scored", ROWS)
     (tmp_path / "scored" / "pictures").mkdir()
     for index in range(10):
         (tmp_path / "scored" / "pictures" / f"p{index}.jpg").write_bytes(jpeg(20 * index))
@@ -173,7 +145,7 @@ def test_the_records_are_what_the_jsonl_source_reads(tmp_path: Path) -> None:
         "source": "pair:clip",
         "meta": {"Category": "Animals", "prompt_id": "id-of-cat"},
     }
-    (usable,) = Plugin(str(tmp_path / "pairs")).usable_pairs()
+    (usable,) = Plugin(str(tmp_path / "pairs")).usable()
     assert usable.target == 0.0
     assert [image.getpixel((8, 8)) for image in usable.images] == [(0, 0, 0), (40, 40, 40)]
 
@@ -203,7 +175,7 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_same_again_is_fine_and_another_recipe_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "scored")
+    write(tmp_path / "scored", ROWS)
     assert run(tmp_path) == run(tmp_path)
     before = (tmp_path / "pairs" / "preferences.jsonl").read_bytes()
     with pytest.raises(
@@ -217,7 +189,7 @@ def test_the_same_again_is_fine_and_another_recipe_is_refused(tmp_path: Path) ->
 
 
 def test_half_of_the_scores_make_no_pairs(tmp_path: Path) -> None:
-    write(tmp_path / "scored")
+    write(tmp_path / "scored", ROWS)
     (tmp_path / "scored" / "recipe.json").write_text('{"stage": "score"}')
     with pytest.raises(UserError, match="scored is not complete: repeat the 'score' that writes it"):
         run(tmp_path)
@@ -225,7 +197,7 @@ def test_half_of_the_scores_make_no_pairs(tmp_path: Path) -> None:
 
 
 def test_another_stages_folder_is_left_alone(tmp_path: Path) -> None:
-    write(tmp_path / "scored")
+    write(tmp_path / "scored", ROWS)
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "manifest.json").write_text('{"stage": "train"}')
     with pytest.raises(UserError, match="holds the output of 'train'"):
@@ -248,6 +220,13 @@ def test_another_stages_folder_is_left_alone(tmp_path: Path) -> None:
         ([picture("p0", "cat", 1)], ("margin=-1",), "margin=-1.0: give a difference"),
         ([picture("p0", "cat", 1)], ("limit=0",), "limit=0"),
         ([picture("p0", "cat", 1)], ("how=bestworst",), "best_worst"),
+        ([picture("p0", "cat", 1)], ("how=lists", "margin=0.5"), "margin=0.5 has no meaning with how=lists"),
+        (
+            [picture("p0", "cat", 1)],
+            ("how=lists",),
+            r"no list out of 1 prompts \(1 single_picture\); score several",
+        ),
+        ([picture("p0", "cat", 1, scores={})], ("how=lists",), "holds no scores"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -269,6 +248,6 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_python_callers_get_the_same_refusals(tmp_path: Path) -> None:
-    write(tmp_path / "scored")
+    write(tmp_path / "scored", ROWS)
     with pytest.raises(UserError, match="margin=nan"):
         pair(images=str(tmp_path / "scored"), out=str(tmp_path / "pairs"), margin=math.nan)

@@ -1,0 +1,231 @@
+"""Scored pictures on their way to preferences: read, checked, grouped by prompt, counted. For `pair`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.common.errors import UserError, unknown
+from diffalign.stages._run import refuse_unfinished
+
+if TYPE_CHECKING:
+    from diffalign.data.records import Candidate, Record
+
+SCORES = "scores.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a scores.jsonl: what it says, and the picture with its scores."""
+
+    said: dict[str, Any]
+    candidate: Candidate
+
+    @property
+    def id(self) -> str:
+        """The picture's id."""
+        return str(self.said["id"])
+
+
+@dataclass
+class Drops:
+    """What was left out: pictures (no_score, nan_score), prompts (single_picture), pairs and lists (tie)."""
+
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str) -> None:
+        """Counts one."""
+        self.names.setdefault(reason, []).append(name)
+
+    def counts(self) -> dict[str, int]:
+        """Returns reason -> how many."""
+        return {reason: len(names) for reason, names in self.names.items()}
+
+    def made(self, what: str, count: int) -> dict[str, Any]:
+        """Returns the manifest's counts of the `what` ("pairs") of which `count` were written."""
+        return {
+            f"{what}_asked": count + len(self.names.get("tie", [])),
+            what: count,
+            "dropped": self.counts(),
+        }
+
+    def words(self) -> str:
+        """Returns the counts in words."""
+        return ", ".join(f"{n} {reason}" for reason, n in self.counts().items()) or "none dropped"
+
+
+@dataclass
+class Picture:
+    """A scored picture: its row's id, the candidate, the deciding scores (higher is better) and its meta."""
+
+    id: str
+    candidate: Candidate
+    values: dict[str, float]
+    prompt_id: str | None
+    meta: dict[str, Any]
+
+
+def scores_file(images: str) -> Path:
+    """Returns the file of scored pictures. UserError when there is none, or only half of one."""
+    path = Path(images)
+    found = path / SCORES if path.is_dir() else path
+    if not found.is_file():
+        raise UserError(f"images={path}: no file {found}; give the {SCORES} of diffalign score or its folder")
+    refuse_unfinished(found.parent)
+    return found
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns the scored pictures. UserError naming the line for anything else."""
+    from diffalign.data.records import Candidate, read_lines
+
+    known = ("image", "model", "seed", "scores")
+    rows: dict[str, Row] = {}
+    for where, row in read_lines(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        for key in ("id", "image", "prompt", "scores"):
+            if key not in row:
+                raise UserError(
+                    f"{where} has no '{key}' (it has {', '.join(row)}): give a {SCORES} of diffalign score"
+                )
+        if not isinstance(row["prompt"], str):
+            raise UserError(f"{where}: prompt is {row['prompt']!r}, expected text")
+        name = str(row["id"])
+        if name in rows:
+            raise UserError(f"{where}: a second picture with the id {row['id']!r}; ids must differ")
+        candidate = Candidate.from_dict({key: row[key] for key in known if key in row}, path.parent, where)
+        candidate.extra = {"id": name}
+        rows[name] = Row(row, candidate)
+    if not rows:
+        raise UserError(f"{path} holds no scored picture")
+    return list(rows.values())
+
+
+def scorers_of(rows: Iterable[Row]) -> list[str]:
+    """Returns the names of all scorers, those included that failed on every picture."""
+    return sorted({name for row in rows for name in (*row.candidate.scores, *(row.said.get("errors") or {}))})
+
+
+def deciding_scorer(rows: Iterable[Row], by: str | None, path: Path) -> str:
+    """Returns the scorer that decides. UserError when it is not in the file, or one of several not named."""
+    names = scorers_of(rows)
+    if by is not None:
+        if by not in names:
+            raise unknown(f"scorer of {path}", by, names)
+        return by
+    if len(names) != 1:
+        several = f"several scorers: choose with by= one of {', '.join(names)}" if names else "no scores"
+        raise UserError(f"{path} holds {several}")
+    return names[0]
+
+
+def direction(candidates: Iterable[Candidate], name: str) -> bool:
+    """Returns whether higher is better: as the scores say, else the scorer plug-in of this name, else True.
+
+    Raises UserError when the scores disagree, or are on several scales or of several versions.
+    """
+    from diffalign.common import plugins
+
+    scores = [candidate.scores[name] for candidate in candidates if name in candidate.scores]
+    kinds = Counter((score.scale, score.version) for score in scores)
+    if len(kinds) > 1:
+        listed = ", ".join(
+            f"{scale or 'no scale'} {version or 'no version'}" for scale, version in sorted(kinds)
+        )
+        raise UserError(
+            f"scores of '{name}' are not comparable ({listed}): score all pictures with one scorer"
+        )
+    said = {score.extra["higher_is_better"] for score in scores if "higher_is_better" in score.extra}
+    if len(said) > 1 or not all(isinstance(word, bool) for word in said):
+        raise UserError(f"scores of '{name}' disagree on higher_is_better ({sorted(map(str, said))})")
+    if said:
+        return bool(said.pop())
+    if name.replace("-", "_") in plugins.names("scorers"):
+        scorer: Any = plugins.get("scorers", name)
+        return bool(scorer.higher_is_better)
+    return True
+
+
+def groups_by_prompt(
+    rows: Iterable[Row], directions: dict[str, bool], limit: int | None, drops: Drops
+) -> dict[str, list[Picture]]:
+    """Returns prompt -> its pictures in the order of the file (groups may be empty).
+
+    Args:
+        rows: all scored pictures.
+        directions: the deciding scorers, each with whether higher is better; a picture without a finite score
+            by one of them is dropped.
+        limit: take the first so many prompts only.
+        drops: counts what is left out.
+    """
+    groups: dict[str, list[Picture]] = {}
+    for row in rows:
+        prompt = row.said["prompt"]
+        if prompt not in groups and limit is not None and len(groups) >= limit:
+            continue
+        group = groups.setdefault(prompt, [])
+        scores = row.candidate.scores
+        if any(name not in scores for name in directions):
+            drops.add("no_score", row.id)
+        elif not all(math.isfinite(scores[name].value) for name in directions):
+            drops.add("nan_score", row.id)
+        else:
+            values = {
+                name: float(scores[name].value if higher else -scores[name].value)
+                for name, higher in directions.items()
+            }
+            prompt_id = row.said.get("prompt_id")
+            named = None if prompt_id is None else str(prompt_id)
+            meta = dict(row.said.get("meta") or {})
+            group.append(Picture(row.id, _outspoken(row.candidate, directions), values, named, meta))
+    return groups
+
+
+def _outspoken(candidate: Candidate, directions: dict[str, bool]) -> Candidate:
+    """Returns the candidate whose scores say that lower is better where only their scorer's code did."""
+    scores = {
+        name: score
+        if directions.get(name, True)
+        else replace(score, extra={**score.extra, "higher_is_better": False})
+        for name, score in candidate.scores.items()
+    }
+    return replace(candidate, scores=scores)
+
+
+def score_facts(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """Returns what a manifest says of each scorer over the pictures of the records, each picture once.
+
+    That is scale, version, higher_is_better, and n, min, max and mean of the finite values, on the scorer's
+    own scale. A scorer that does not decide and whose scores cannot be compared is said and left out.
+    """
+    from diffalign.common.progress import say
+
+    candidates = {candidate.extra["id"]: candidate for r in records for candidate in r.candidates}
+    facts: dict[str, dict[str, Any]] = {}
+    for name in sorted({name for candidate in candidates.values() for name in candidate.scores}):
+        scored = [candidate for candidate in candidates.values() if name in candidate.scores]
+        values = [candidate.scores[name].value for candidate in scored]
+        values = [value for value in values if math.isfinite(value)]
+        if not values:
+            continue
+        try:
+            higher_is_better = direction(scored, name)
+        except UserError as error:
+            say(f"pair: left out of the manifest: {error}")
+            continue
+        score = scored[0].scores[name]
+        facts[name] = {
+            "scale": score.scale,
+            "version": score.version,
+            "higher_is_better": higher_is_better,
+            "n": len(values),
+            "min": min(values),
+            "max": max(values),
+            "mean": math.fsum(values) / len(values),
+        }
+    return facts
