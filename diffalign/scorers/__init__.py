@@ -1,7 +1,8 @@
-"""Scorers: one file per scorer, each a `Plugin`; set rewards are plain functions.
+"""Scorers: one file per scorer, each a `Plugin`; measures of sets are plain functions, set rewards objects.
 
 scorer = load_scorer("clip", path="folder-or-hub-id")
 values = scorer(images, prompts)          # float32 [B]
+reward = set_reward("frechet", exemplars) # of a set of features [n, d], higher is better
 """
 
 from dataclasses import fields
@@ -10,9 +11,22 @@ from typing import Any
 from diffalign.common.errors import unknown
 from diffalign.common.plugins import get
 from diffalign.scorers._base import Scorer, Scores
-from diffalign.scorers._distribution import vendi_score
+from diffalign.scorers._distribution import frechet_distance, mmd, precision, recall, vendi_score
+from diffalign.scorers._set_rewards import SetReward, exemplar_reward, set_reward
 
-__all__ = ["Scorer", "Scores", "load_scorer", "vendi_score"]
+__all__ = [
+    "Scorer",
+    "Scores",
+    "SetReward",
+    "exemplar_reward",
+    "frechet_distance",
+    "load_scorer",
+    "mmd",
+    "precision",
+    "recall",
+    "set_reward",
+    "vendi_score",
+]
 
 
 def load_scorer(name: str, *, device: str = "cpu", **options: Any) -> Scorer:
