@@ -41,7 +41,7 @@ class SetReward:
 
     def try_swap(self, i: int, row: Any) -> float:
         """Returns the reward of the set with `row` [d] in the place of its row i; the set stays as it is."""
-        fresh = sets.two_sets(row[None], self._rows)[0][0]
+        fresh = self._checked(row)
         self._trial = (i, fresh)
         return self._swapped(i, fresh)
 
@@ -53,6 +53,10 @@ class SetReward:
         self._rows[i] = row
         self._trial = None
         self._accept(i)
+
+    def _checked(self, row: Any) -> Floats:
+        """Returns a row [d] as the set's own are."""
+        return sets.two_sets(row[None], self._rows[:1])[0][0]
 
     def _start(self) -> float:
         raise NotImplementedError

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffalign.common.errors import UserError
 from diffalign.scorers import _distribution as sets
@@ -62,32 +65,33 @@ class Frechet(SetReward):
         self._projected = (self._rows - self._mean) @ self._factor.T
         self._center()
         rest = self._rest(self._rows)
-        return -max(0.0, rest - self._cross(sets.nuclear_norm(self._image)))
+        return -max(0.0, rest - self._cross(sets.nuclear_norm(self._image.numpy())))
 
     def _center(self) -> None:
         """Makes the state of a set out of its rows and their projections."""
         image = self._projected - self._projected.mean(0)
         self._by_rows = len(image) <= image.shape[1]
-        self._image = image if self._by_rows else image.T
-        self._gram = self._image @ self._image.T
-        self._basis: Floats | None = None
+        self._image = torch.from_numpy(image if self._by_rows else image.T)
+        with one_thread():
+            self._gram = self._image @ self._image.T
+        self._basis: torch.Tensor | None = None
 
     def _swapped(self, i: int, row: Floats) -> float:
         trial = self._rows.copy()
         trial[i] = row
         rest = self._rest(trial)
-
-        self._fresh = self._factor @ (row - self._mean)
-        change = self._fresh - self._projected[i]
-        n = len(trial)
-        moved = np.full(n, -1.0 / n)  # centred, a change of row i moves all rows
-        moved[i] += 1.0
-        left, right = (moved, change) if self._by_rows else (change, moved)  # image + left right^T
-        nuclear, doubt = self._by_roots(left, right)
-        distance = rest - self._cross(nuclear)
-        if not self._cross(doubt) <= CLEAR * distance:
-            distance = rest - self._cross(self._by_singular_values(left, right))
-        return -max(0.0, distance)
+        with one_thread():
+            self._fresh = torch.mv(torch.from_numpy(self._factor), torch.from_numpy(row - self._mean)).numpy()
+            change = self._fresh - self._projected[i]
+            n = len(trial)
+            moved = np.full(n, -1.0 / n)  # centred, a change of row i moves all rows
+            moved[i] += 1.0
+            sides = (moved, change) if self._by_rows else (change, moved)
+            left, right = map(torch.from_numpy, sides)  # image + left right^T
+            nuclear, doubt = self._by_roots(left, right)
+            if not self._cross(doubt) <= CLEAR * (rest - self._cross(nuclear)):
+                nuclear = self._by_singular_values(left, right)
+        return -max(0.0, rest - self._cross(nuclear))
 
     def _rest(self, rows: Floats) -> float:
         """Returns the distance but for its last term; all of it anew, for an outlier to leave no rounding."""
@@ -98,33 +102,48 @@ class Frechet(SetReward):
     def _cross(self, nuclear: float) -> float:
         return 2.0 * nuclear / float(np.sqrt(len(self._rows) - 1))
 
-    def _by_roots(self, left: Floats, right: Floats) -> tuple[float, float]:
+    def _by_roots(self, left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
         """Returns the nuclear norm of image + left right^T, and the error to expect of rounding."""
         along = self._image @ right
-        square = float(right @ right)
-        gram = self._gram + np.outer(left, along + square * left) + np.outer(along, left)
+        square = right @ right
+        gram = self._gram + torch.outer(left, along + square * left) + torch.outer(along, left)
         # Centred rows add up to 0, so one eigenvalue is 0 but for rounding: it is left out.
-        eigenvalues = np.linalg.eigvalsh(gram)[int(self._by_rows) :]
+        eigenvalues = torch.linalg.eigvalsh(gram)[int(self._by_rows) :]
         if len(eigenvalues) == 0 or eigenvalues[0] <= 0.0:
             return 0.0, np.inf
-        roots = np.sqrt(eigenvalues)
-        length = float(np.linalg.norm(left))
-        size = np.linalg.norm(self._gram) + 2.0 * length * np.linalg.norm(along) + square * length**2
+        roots = eigenvalues.sqrt()
+        length = left.norm()
+        size = self._gram.norm() + 2.0 * length * along.norm() + square * length**2
         # Each root errs by its eigenvalue's error over 2 roots, one independently of another.
-        return float(roots.sum()), float(ROUNDING * size * np.linalg.norm(0.5 / roots))
+        return float(roots.sum()), float(ROUNDING * size * (0.5 / roots).norm())
 
-    def _by_singular_values(self, left: Floats, right: Floats) -> float:
+    def _by_singular_values(self, left: torch.Tensor, right: torch.Tensor) -> float:
         """Returns the nuclear norm of image + left right^T, exact for any rank."""
         if self._basis is None:
-            self._basis, factor = np.linalg.qr(self._image.T)
+            self._basis, factor = torch.linalg.qr(self._image.T)
             self._small = factor.T  # image = small basis^T
         inside = self._basis.T @ right
         outside = right - self._basis @ inside
         again = self._basis.T @ outside  # a second pass: the first leaves a trace of the basis
-        length = float(np.linalg.norm(outside - self._basis @ again))
-        update = np.column_stack([self._small + np.outer(left, inside + again), length * left])
-        return float(np.linalg.svd(update, compute_uv=False).sum())
+        length = (outside - self._basis @ again).norm()
+        update = torch.column_stack([self._small + torch.outer(left, inside + again), length * left])
+        return float(torch.linalg.svdvals(update).sum())
 
     def _accept(self, i: int) -> None:
         self._projected[i] = self._fresh
         self._center()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes in this thread alone.
+
+    A swap's matrices are too small to gain from more, and hundreds of times a call threads would wait for
+    one another: where the cores are busy, a swap took up to 50 times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,7 +6,7 @@ What such a reward is, see `_set_base.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,9 @@ from diffalign.common.errors import UserError, unknown
 from diffalign.scorers import _distribution as sets
 from diffalign.scorers._distribution import Floats
 from diffalign.scorers._set_base import SetReward
-from diffalign.scorers._set_frechet import Frechet
+
+if TYPE_CHECKING:
+    from diffalign.scorers._set_frechet import Frechet
 
 NEIGHBOURS = 3
 """k of precision and recall."""
@@ -47,9 +49,8 @@ class Discrepancy(SetReward):
         self._cross = sets.cross_sums(self._rows, self._exemplars, self._kernel)
         return self._reward(self._between.sum(), self._cross.sum(), len(self._rows))
 
-    def try_swap(self, i: int, row: Any) -> float:
-        """As in the base; the row is shifted like all others."""
-        return super().try_swap(i, sets.two_sets(row[None], self._rows)[0][0] - self._shift)
+    def _checked(self, row: Any) -> Floats:
+        return super()._checked(row) - self._shift
 
     def _swapped(self, i: int, row: Floats) -> float:
         self._fresh = self._kernel(row[None], self._rows)[0]
@@ -159,9 +160,8 @@ class Recall(SetReward):
         self._away = sets.squared_distances(self._rows, self._exemplars, sets.SLACK)
         return self._share(self._away <= self._reach[:, None])
 
-    def try_swap(self, i: int, row: Any) -> float:
-        """As in the base; the row is shifted like all others."""
-        return super().try_swap(i, sets.two_sets(row[None], self._rows)[0][0] - self._shift)
+    def _checked(self, row: Any) -> Floats:
+        return super()._checked(row) - self._shift
 
     def _swapped(self, i: int, row: Floats) -> float:
         between = self._between.copy()
@@ -183,8 +183,14 @@ class Recall(SetReward):
         self._between[i] = self._between[:, i] = fresh
 
 
+def _frechet(exemplars: Floats) -> Frechet:
+    from diffalign.scorers._set_frechet import Frechet  # imports torch
+
+    return Frechet(exemplars)
+
+
 SET_MEASURES: dict[str, Callable[[Floats], SetReward]] = {
-    "frechet": Frechet,
+    "frechet": _frechet,
     "kid": lambda exemplars: Discrepancy(exemplars, "kid", "polynomial"),
     "mmd": lambda exemplars: Discrepancy(exemplars, "mmd", "rbf"),
     "vendi": lambda exemplars: Vendi(),
@@ -250,7 +256,7 @@ def exemplar_reward(name: str, exemplars: Any) -> Callable[[Any], Floats]:
 
 
 def _views_reward(known: Floats) -> Callable[[Any], Floats]:
-    frechet = Frechet(known)
+    frechet = _frechet(known)
 
     def rewards(x: Any) -> Floats:
         several = [views[None] if views.ndim == 1 else views for views in x]
