@@ -19,7 +19,7 @@ CLEAR = 1e-9
 
 ROUNDING = 2 * float(np.finfo(np.float64).eps)
 """Error of an eigenvalue, relative to the norms of what its matrix is a sum of. The error of the sum of roots
-that follows is at least 9 times what was measured wherever that was above 1e-12 of the distance: n from 16 to
+that follows is at least 5 times what was measured wherever that was above 1e-12 of the distance: n from 16 to
 256, standard deviations of features from equal to 1/k^2, near-duplicates."""
 
 
