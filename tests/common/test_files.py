@@ -156,11 +156,10 @@ HOLDER = """
 import os, sys, time
 from diffalign.common.files import folder_lock
 with folder_lock(sys.argv[1]):
-    child = os.fork()  # like a loader worker that outlives a killed run
-    if child == 0:
+    if os.fork() == 0:  # like a loader worker that outlives a killed run
+        print(os.getpid(), flush=True)  # said by the child: by then it has given its copy back
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
 
