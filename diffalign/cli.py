@@ -1,5 +1,7 @@
 """The command line: `diffalign VERB [--config FILE] [--dry-run] [key=value ...]`.
 
+Without a verb the file is a recipe of several.
+
 Nothing heavy is imported before the words are parsed, so that help and mistakes are answered at once.
 """
 
@@ -116,6 +118,8 @@ def _run(command: _Command) -> int:
     if command.version:
         print(f"diffalign {_version()}")
         return 0
+    if command.verb is None and command.config is not None and not command.help:
+        return _run_steps(command)
     if command.verb is None:
         print(_general_help(), file=sys.stdout if command.help else sys.stderr)
         return 0 if command.help else 2
@@ -131,6 +135,22 @@ def _run(command: _Command) -> int:
         print(recipe.as_yaml(), end="")
         return 0
     function(**recipe.arguments)
+    return 0
+
+
+def _run_steps(command: _Command) -> int:
+    """Runs a recipe of several verbs."""
+    from diffalign import recipes
+
+    stages = {verb: lambda verb=verb: _stage(verb)[0] for verb in VERBS}
+    assert command.config is not None
+    steps = recipes.load_steps(command.config, command.overrides, stages)
+    for number, step in enumerate(steps, start=1):
+        if command.dry_run:
+            print(f"---\n# step {number}: {step.verb}\n{step.recipe.as_yaml()}", end="")
+            continue
+        print(f"step {number} of {len(steps)}: {step.verb}", file=sys.stderr)
+        step.function(**step.recipe.arguments)
     return 0
 
 
@@ -153,7 +173,7 @@ def _parse(words: Sequence[str]) -> _Command:
             command.config = given
         elif word.startswith("-"):
             raise _unknown_option(word)
-        elif command.verb is None:
+        elif command.verb is None and not (command.config and equals):
             if word not in VERBS:
                 raise unknown("verb", word, VERBS)
             command.verb = word
@@ -225,7 +245,8 @@ def _general_help() -> str:
     verbs = _table([(verb, SUMMARIES[verb]) for verb in VERBS])
     options = _table(list(OPTIONS.items()))
     return (
-        "usage: diffalign VERB [--config FILE] [--dry-run] [key=value ...]\n\n"
+        "usage: diffalign VERB [--config FILE] [--dry-run] [key=value ...]\n"
+        "       diffalign --config RECIPE_OF_SEVERAL_VERBS [--dry-run] [key=value ...]\n\n"
         "Aligns text-to-image diffusion models with preferences and rewards.\n\n"
         f"Verbs (diffalign VERB --help lists the keys of one):\n{verbs}\n\n"
         f"Options:\n{options}\n\n{_EXAMPLES}"

@@ -18,18 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import reporting
+from comparison import KINDS, best_of, compared, graded, interval, judged, mean, pooled, rows_of, signed
 
 from diffalign.common import files
 from diffalign.common.manifest import versions
-from diffalign.common.statistics import paired_difference, win_rate
 from diffalign.demo import walk
-from diffalign.objectives._base import Objective
-from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
-from diffalign.objectives.sft import Plugin as SFT
-
-KINDS = ("accurate", "object", "colour", "count", "position")
+from diffalign.demo.methods import METHODS
 
 MIN_GAIN = 0.08
 """Of accuracy, pooled over the training seeds."""
@@ -43,9 +38,6 @@ MIN_VENDI = 0.9
 BEST_GUIDANCE = 3.0
 """Of the base, by accuracy on 200 tuning prompts: 0.08 at 1, 0.25 at 1.5, 0.32 at 2, 0.43 at 3, 0.37 at 5."""
 
-Rows = dict[tuple[str, Any], dict[str, float]]
-"""(prompt, seed) -> the grader's numbers, NaN where a caption has no such clause."""
-
 
 def main() -> int:
     """Tunes or accepts, and writes the report; exit code 1 when a bar is missed."""
@@ -55,7 +47,7 @@ def main() -> int:
         walk.WHOLE,
         **{
             name: value
-            for name in ("num_steps", "lr", "rank", "pairs_per_step", "train_prompts", "guidance")
+            for name in ("num_steps", "rank", "train_prompts", "guidance")
             if (value := getattr(arguments, name)) is not None
         },
     )
@@ -64,12 +56,13 @@ def main() -> int:
     base = graded(out / "base", prompts, seeds, size)
     second = graded(out / "base-again", prompts, [seed + 500 for seed in seeds], size)
     guided = graded(out / "base-guided", prompts, seeds, replace(size, guidance=BEST_GUIDANCE))
-    methods: dict[str, list[dict[str, Any]]] = {"dpo": [], "sft": []}
+    methods: dict[str, list[dict[str, Any]]] = {"dpo": [], **({} if arguments.no_sft else {"sft": []})}
     for seed in range(arguments.seeds):
         pairs = preferences(out / f"seed-{seed}", size, seed)
-        for name, objective in objectives(arguments).items():
-            folder = out / f"seed-{seed}" / f"{name}-{tag(arguments, size)}"
-            walk.align(folder / "run", pairs, size, objective=objective, seed=seed)
+        for name in methods:
+            folder = out / f"seed-{seed}" / f"{name}-{tag(size)}"
+            method = METHODS[name]
+            walk.align(folder / "run", method.make(folder), method, size, seed=seed, pairs=pairs)
             aligned = graded(folder / "test", prompts, seeds, size, adapter=folder / "run" / "adapter")
             methods[name].append(judged(folder / "report", base, aligned))
     report = {
@@ -83,9 +76,9 @@ def main() -> int:
         "versions": versions(),
     }
     report["checks"] = checks(report)
-    files.write_json(out / f"report-{tag(arguments, size)}.json", report)
+    files.write_json(out / f"report-{tag(size)}.json", report)
     text = as_markdown(report)
-    files.write_text(out / f"report-{tag(arguments, size)}.md", text)
+    files.write_text(out / f"report-{tag(size)}.md", text)
     if arguments.report:
         files.write_text(arguments.report, text)
     print(text)
@@ -123,27 +116,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=250)
     parser.add_argument("--picture-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=5, help="training seeds")
-    parser.add_argument("--beta", type=float, default=None)
     parser.add_argument("--num-steps", type=int, default=None)
-    parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--rank", type=int, default=None)
-    parser.add_argument("--pairs-per-step", type=int, default=None)
     parser.add_argument("--train-prompts", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--no-sft", action="store_true")
     return parser.parse_args()
 
 
-def tag(arguments: argparse.Namespace, size: walk.Size) -> str:
+def tag(size: walk.Size) -> str:
     """Names a setting, so that several share the folder and its pictures."""
-    beta = arguments.beta or walk.BETA
-    return f"b{beta:g}-lr{size.lr:g}-s{size.num_steps}-r{size.rank}-n{size.pairs_per_step}"
-
-
-def objectives(arguments: argparse.Namespace) -> dict[str, Objective]:
-    """What is trained on the same pairs."""
-    chosen: dict[str, Objective] = {"dpo": DiffusionDPO(beta=arguments.beta or walk.BETA)}
-    return chosen if arguments.no_sft else {**chosen, "sft": SFT()}
+    return f"s{size.num_steps}-r{size.rank}-p{size.train_prompts}"
 
 
 def preferences(out: Path, size: walk.Size, seed: int) -> Path:
@@ -154,87 +137,6 @@ def preferences(out: Path, size: walk.Size, seed: int) -> Path:
     return out / "pairs"
 
 
-def graded(
-    out: Path, prompts: list[str], seeds: list[int], size: walk.Size, adapter: Path | None = None
-) -> Path:
-    """The folder of the grades of freshly drawn pictures."""
-    walk.draw(out, prompts, seeds=seeds, size=size, adapter=adapter)
-    scored = out.with_name(f"{out.name}-graded")
-    walk.grade(scored, out)
-    return scored
-
-
-def judged(out: Path, base: Path, aligned: Path) -> dict[str, Any]:
-    """The report of `evaluate`, with the rows of the aligned pictures."""
-    return {**walk.compare(out, base, aligned), "rows": rows_of(aligned)}
-
-
-def rows_of(folder: Path) -> Rows:
-    """The grades of a folder."""
-    rows = {}
-    for row in files.read_jsonl(folder / "scores.jsonl"):
-        score = row["scores"]["scene"]
-        parts = {name: np.nan if score["parts"][name] is None else score["parts"][name] for name in KINDS}
-        rows[row["prompt"], row["seed"]] = {"share": score["value"], **parts}
-    return rows
-
-
-def mean(rows: Rows, name: str) -> float:
-    """Mean of one number over the pictures that have it."""
-    return float(np.nanmean([row[name] for row in rows.values()]))
-
-
-def pooled(results: list[dict[str, Any]], base: Path) -> dict[str, Any]:
-    """All training seeds together; a prompt is one cluster across them."""
-    before = rows_of(base)
-    theirs = {
-        (prompt, (k, seed)): row for k, r in enumerate(results) for (prompt, seed), row in r["rows"].items()
-    }
-    ours = {(prompt, (k, seed)): before[prompt, seed] for prompt, (k, seed) in theirs}
-    per_seed = [
-        {
-            "win_rate": result["win_rate"],
-            "accuracy": mean(result["rows"], "accurate"),
-            "vendi": result["drift"]["vendi"],
-        }
-        for result in results
-    ]
-    return {**compared(theirs, ours), "per_seed": per_seed}
-
-
-def difference(
-    theirs: list[dict[str, float]], ours: list[dict[str, float]], prompts: list[str], name: str
-) -> dict[str, Any]:
-    """Aligned minus base of one number, with its interval over prompts."""
-    has = [index for index, row in enumerate(ours) if not np.isnan(row[name])]
-    gap = paired_difference(
-        [theirs[i][name] for i in has], [ours[i][name] for i in has], clusters=[prompts[i] for i in has]
-    )
-    return {
-        "base": float(np.mean([ours[i][name] for i in has])),
-        "aligned": float(np.mean([theirs[i][name] for i in has])),
-        "difference": gap.as_dict(),
-    }
-
-
-def best_of(first: Rows, second: Rows) -> Rows:
-    """Of two pictures of each prompt and seed the better one by the grader: what picking alone buys."""
-    # The seeds of the second drawing differ; both are in the order of prompts x seeds.
-    pairs = zip(first.items(), second.values(), strict=True)
-    return {key: max(row, other, key=lambda r: (r["share"], r["accurate"])) for (key, row), other in pairs}
-
-
-def compared(theirs: Rows, ours: Rows) -> dict[str, Any]:
-    """Win rate and differences of pictures against the base's, on the same prompts."""
-    prompts, rows, base = [prompt for prompt, _ in ours], [theirs[key] for key in ours], list(ours.values())
-    return {
-        "win_rate": win_rate(
-            [r["share"] for r in rows], [r["share"] for r in base], clusters=prompts
-        ).as_dict(),
-        "parts": {name: difference(rows, base, prompts, name) for name in KINDS},
-    }
-
-
 def as_markdown(report: dict[str, Any]) -> str:
     """The tables for people."""
     title = "The demo, on tuning prompts" if report["settings"]["tune"] else "The demo, on held-out prompts"
@@ -243,8 +145,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += ["Each cell: the base's share, and the difference with its 95 % interval over prompts.", ""]
     lines += ["| pictures | win rate | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
     for name, row in {**report["methods"], **report["without_training"]}.items():
-        cells = [name, _interval(row["win_rate"])]
-        cells += [f"{part['base']:.3f} {_signed(part['difference'])}" for part in row["parts"].values()]
+        cells = [name, interval(row["win_rate"])]
+        cells += [f"{part['base']:.3f} {signed(part['difference'])}" for part in row["parts"].values()]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Accuracy (win rate, Vendi diversity over that of the base) of each training seed:", ""]
     for name, row in report["methods"].items():
@@ -261,14 +163,6 @@ def shown(report: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in report["settings"].items() if value is not None and name not in hidden
     }
-
-
-def _interval(value: dict[str, Any]) -> str:
-    return f"{value['estimate']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-
-
-def _signed(value: dict[str, Any]) -> str:
-    return f"{value['estimate']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
 if __name__ == "__main__":

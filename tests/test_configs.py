@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffalign import cli
 from diffalign.common.config import load_recipe
 from diffalign.stages.train import train
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+EVERYTHING = sorted(FOLDER.glob("*.yaml"))
+CONFIGS = [path for path in EVERYTHING if "steps" not in yaml.safe_load(path.read_text(encoding="utf-8"))]
+OF_SEVERAL = [path for path in EVERYTHING if path not in CONFIGS]
 
 
 def test_there_are_recipes() -> None:
@@ -24,6 +28,14 @@ def test_recipe_resolves_and_keeps_what_the_file_says(path: Path) -> None:
     for key, value in _flat(written).items():
         resolved = _flat(recipe.resolved)[key]
         assert type(value)(resolved) == value if isinstance(value, float) else resolved == value, key
+
+
+@pytest.mark.parametrize("path", OF_SEVERAL, ids=lambda path: path.stem)
+def test_recipe_of_several_verbs_resolves(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--config", str(path), "--dry-run", "prompts=a cat"]) == 0
+    assert capsys.readouterr().out.count("# step") >= 3
+    header = path.read_text(encoding="utf-8")
+    assert f"diffalign --config configs/{path.name}" in header and "Verification level" in header
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

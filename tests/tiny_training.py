@@ -39,7 +39,11 @@ def perturb(parameters: Sequence[Tensor], scale: float, *, seed: int = 0) -> Non
 
 
 def make_batch(model: Any, *, unit: str = "pair", groups: int = 4, target: Tensor | None = None) -> Batch:
-    """Groups of random latents for `model`; pairs prefer their first image unless `target` says otherwise."""
+    """Groups of random latents for `model`.
+
+    Pairs prefer their first image unless `target` says otherwise, every second single image is desirable, and
+    the images of a list are rated in falling order.
+    """
     per_group = IMAGES_A_GROUP[unit]
     prompts = [f"a picture of {name}" for name in "abcdefgh"[:groups] for _ in range(per_group)]
     sizes = model.size_conditioning((32, 32), (0, 0), (32, 32))
@@ -47,6 +51,8 @@ def make_batch(model: Any, *, unit: str = "pair", groups: int = 4, target: Tenso
     generator = torch.Generator().manual_seed(5)
     if unit == "pair" and target is None:
         target = torch.ones(groups)
+    if unit == "single" and target is None:
+        target = (torch.arange(groups) % 2 == 0).float()
     return Batch(
         ids=[f"row-{number}" for number in range(groups)],
         epoch=0,
@@ -55,7 +61,17 @@ def make_batch(model: Any, *, unit: str = "pair", groups: int = 4, target: Tenso
         cond=Conditioning({**model.encode_prompts(prompts), **rows}),
         counts=torch.full((groups,), per_group),
         target=target,
+        ratings={"pickscore": _scores(unit, groups, target)},
     )
+
+
+def _scores(unit: str, groups: int, target: Tensor | None) -> Tensor:
+    """`[M]` scores in [0, 1] that agree with the preferences."""
+    if unit == "list" or target is None:
+        return torch.tensor([0.9, 0.5, 0.1]).repeat(groups)
+    if unit == "single":
+        return target
+    return torch.stack([0.2 + 0.6 * target, 0.8 - 0.6 * target], dim=1).flatten()
 
 
 def draws_of(batch: Batch, *, seed: int = 0) -> Draws:

@@ -6,17 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffalign.common import files
 from diffalign.common.progress import say
 from diffalign.data.sources.jsonl import Plugin as Preferences
 from diffalign.data.specs import LoaderSpec
 from diffalign.demo import embedded
+from diffalign.demo.methods import Method
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.objectives._base import Objective
-from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
-from diffalign.scenes import sample_prompts
+from diffalign.scenes import draw as draw_scene
+from diffalign.scenes import parse, sample_prompts
 from diffalign.scorers.clip import Plugin as CLIP
 from diffalign.scorers.scene import Plugin as SceneScorer
 from diffalign.stages.evaluate import evaluate
@@ -24,10 +27,14 @@ from diffalign.stages.generate import generate
 from diffalign.stages.pair import pair
 from diffalign.stages.score import score
 from diffalign.stages.train import train
-from diffalign.training.specs import CheckpointSpec, OptimizerSpec
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec, RolloutSpec
 
-BETA = 2000.0
-"""Of Diffusion-DPO on the tiny model, chosen on the tuning prompts."""
+PREFERENCES = {
+    "pair": "of the pictures of each prompt, every better against every worse one",
+    "list": "the pictures of each prompt as a list",
+    "single": "every picture by its pairs with the others of its prompt",
+}
+"""What is learned from, by the objective's unit."""
 
 PROMPT_SEED = 20
 """Prompts are the same in every demo: `seed` changes pictures and training only."""
@@ -49,9 +56,8 @@ class Size:
         sampler_steps: denoising steps of a picture that models are compared by.
         guidance: scale of classifier-free guidance of every picture.
         batch_size: pictures drawn at once.
-        pairs_per_step: pairs in one optimizer step.
+        exemplars: exact drawings that pictures are held against, where a reward needs them.
         num_steps: optimizer steps.
-        lr: learning rate, after a short warm-up.
         low: smallest timestep that is trained on; what is where is decided in the noisy half.
         rank: of the LoRA.
     """
@@ -64,9 +70,8 @@ class Size:
     sampler_steps: int = 8
     guidance: float = 2.0
     batch_size: int = 32
-    pairs_per_step: int = 16
+    exemplars: int = 512
     num_steps: int = 200
-    lr: float = 4e-4
     low: int = 400
     rank: int = 16
 
@@ -100,21 +105,24 @@ def held_out_prompts(count: int, *, tuning: bool = False) -> list[str]:
     return everything[:TUNING_PROMPTS][:count] if tuning else everything[TUNING_PROMPTS:][:count]
 
 
-def walk(
-    out: Path, size: Size, *, objective: Objective | None, seed: int, recipe: dict[str, Any]
-) -> dict[str, Any]:
+def walk(out: Path, size: Size, *, method: Method, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
     """Runs every stage below `out` and returns the report; steps that are already complete are not done
     again.
     """
-    say("1/6 the base model draws its own training pictures")
-    prompts = train_prompts(size.train_prompts)
-    draw_drafts(out / "1-pictures", prompts, size, seed=seed)
-    say("2/6 the pictures are graded, exactly")
-    grade(out / "2-graded", out / "1-pictures")
-    say("3/6 of the pictures of each prompt, every better against every worse one")
-    prefer(out / "3-pairs", out / "2-graded")
-    say("4/6 a LoRA learns from the pairs")
-    align(out / "4-run", out / "3-pairs", size, objective=objective, seed=seed)
+    objective = method.make(out / "exemplars")
+    if objective.on_policy:
+        say("1-3/6 no pictures are drawn beforehand: the policy draws while it learns")
+        if getattr(objective, "exemplars", None):
+            draw_exemplars(out / "exemplars", train_prompts(size.exemplars))
+    else:
+        say("1/6 the base model draws its own training pictures")
+        draw_drafts(out / "1-pictures", train_prompts(size.train_prompts), size, seed=seed)
+        say("2/6 the pictures are graded, exactly")
+        grade(out / "2-graded", out / "1-pictures")
+        say("3/6 what is better than what: " + PREFERENCES[objective.unit])
+        prefer(out / "3-pairs", out / "2-graded", unit=objective.unit)
+    say("4/6 a LoRA learns from them")
+    align(out / "4-run", objective, method, size, seed=seed, pairs=out / "3-pairs")
     say("5/6 base and aligned model draw held-out combinations")
     test = held_out_prompts(size.test_prompts)
     seeds = [900_000 + k for k in range(size.test_seeds)]
@@ -169,25 +177,54 @@ def grade(out: Path, pictures: Path) -> None:
     score(images=str(pictures), scorers={"scene": SceneScorer()}, out=str(out), batch_size=64)
 
 
-def prefer(out: Path, graded: Path) -> None:
-    """Pairs of all pictures of a prompt whose grades differ: more of them than best against worst."""
-    pair(images=str(graded), out=str(out), by="scene", how="all_pairs")
+def prefer(out: Path, graded: Path, *, unit: str = "pair") -> None:
+    """Lists of the pictures of a prompt, or pairs of all whose grades differ, which are more than best
+    against worst.
+    """
+    pair(images=str(graded), out=str(out), by="scene", how="lists" if unit == "list" else "all_pairs")
 
 
-def align(out: Path, pairs: Path, size: Size, *, objective: Objective | None, seed: int) -> None:
-    """Trains the LoRA on the pairs."""
+def draw_exemplars(folder: Path, prompts: list[str]) -> None:
+    """Exact drawings of the prompts: what pictures of this world should look like."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, prompt in enumerate(prompts):
+        path = folder / f"{number:05d}.png"
+        if not path.exists():
+            scene = draw_scene(parse(prompt), np.random.default_rng([PROMPT_SEED, number]))
+            with files.atomic_path(path) as temporary:
+                scene.save(temporary, format="PNG")
+
+
+def align(
+    out: Path, objective: Objective, method: Method, size: Size, *, seed: int, pairs: Path | None = None
+) -> None:
+    """Trains the LoRA on `pairs`, or on the policy's own pictures."""
+    if objective.on_policy:
+        source: dict[str, Any] = {
+            "prompts": train_prompts(size.train_prompts),
+            "scorers": method.scorers(),
+            "rollout": RolloutSpec(
+                steps=method.rollout_steps,
+                num_inference_steps=size.draft_steps,
+                guidance_scale=size.guidance,
+                scheduler=SCHEDULER,
+                batch_size=size.batch_size,
+            ),
+        }
+    else:
+        source = {"data": Preferences(path=str(Path(str(pairs)) / "preferences.jsonl"))}
     train(
         model=base_model(),
-        data=Preferences(path=str(pairs / "preferences.jsonl")),
         out=str(out),
-        objective=objective or DiffusionDPO(beta=BETA),
+        objective=objective,
         adapter=AdapterSpec(rank=size.rank, targets=list(TARGETS)),
-        loader=LoaderSpec(batch_size=size.pairs_per_step, caption_dropout=0.1),
+        loader=LoaderSpec(batch_size=method.groups, caption_dropout=0.1),
         timesteps=TimestepSpec(low=size.low),
-        optimizer=OptimizerSpec(lr=size.lr, warmup_steps=min(10, size.num_steps // 4)),
+        optimizer=OptimizerSpec(lr=method.lr, warmup_steps=min(10, size.num_steps // 4)),
         checkpoint=CheckpointSpec(every=50, keep=1),
         num_steps=size.num_steps,
         seed=seed,
+        **source,
     )
 
 

@@ -75,7 +75,11 @@ class Model(Protocol):
         """Rows `[1, d]` that tell the network sizes (height, width) and crop (top, left); empty if blind."""
         ...
 
-    def generate(
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Any]:
+        """One PIL image per (prompt, seed), options as in `sample`; NonFinitePicture where there is none."""
+        ...
+
+    def sample(
         self,
         prompts: list[str],
         seeds: list[int],
@@ -87,8 +91,12 @@ class Model(Protocol):
         width: int | None = None,
         scheduler: str | None = None,
         embedded: tuple[Conditioning, Conditioning] | None = None,
-    ) -> list[Any]:
-        """One PIL image per (prompt, seed); NonFinitePicture where there is none."""
+    ) -> Tensor:
+        """Scaled latents of one image per (prompt, seed)."""
+        ...
+
+    def pictures(self, latents: Tensor, prompts: list[str], seeds: list[int]) -> list[Any]:
+        """The PIL images of `sample`'s latents; NonFinitePicture where there is none."""
         ...
 
     def check_scheduler(self, name: str, num_inference_steps: int | None) -> None:

@@ -184,8 +184,23 @@ class UNetModel(TrainableModel):
     def _pipeline_options(self) -> dict[str, Any]:
         return {}
 
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Any]:
+        """One PIL image per (prompt, seed), drawn as one batch; arguments as in `sample`.
+
+        Raises:
+            NonFinitePicture: the network or the VAE gives NaN or infinity for one of them.
+        """
+        return self.pictures(self.sample(prompts, seeds, **options), prompts, seeds)
+
+    def pictures(self, latents: Tensor, prompts: list[str], seeds: list[int]) -> list[Any]:
+        """The PIL images of latents that `sample` gave for (prompt, seed)."""
+        images = self.decode(latents)
+        _refuse_non_finite(latents, images, prompts, seeds)
+        processor = self.pipeline("vae").image_processor
+        return list(processor.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy()))
+
     @torch.no_grad()
-    def generate(
+    def sample(
         self,
         prompts: list[str],
         seeds: list[int],
@@ -197,8 +212,8 @@ class UNetModel(TrainableModel):
         width: int | None = None,
         scheduler: str | None = None,
         embedded: tuple[Conditioning, Conditioning] | None = None,
-    ) -> list[Any]:
-        """One PIL image per (prompt, seed), sampled by the diffusers pipeline as one batch.
+    ) -> Tensor:
+        """Scaled latents `[B, c, h, w]`, sampled by the diffusers pipeline as one batch.
 
         The initial noise depends on (prompt, seed) alone and is bit-equal everywhere.
 
@@ -213,9 +228,6 @@ class UNetModel(TrainableModel):
             scheduler: class name of a diffusers scheduler; None: the base's own.
             embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already
                 gone.
-
-        Raises:
-            NonFinitePicture: the network or the VAE gives NaN or infinity for one of them.
         """
         height, width = height or self.default_resolution, width or self.default_resolution
         if height % self.size_multiple or width % self.size_multiple:
@@ -230,7 +242,7 @@ class UNetModel(TrainableModel):
             pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
         settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         with without_requires_grad(self.network):
-            latents = pipeline(
+            latents: Tensor = pipeline(
                 latents=noise.to(self.device, torch_dtype(self.spec.dtype)),
                 height=height,
                 width=width,
@@ -239,9 +251,7 @@ class UNetModel(TrainableModel):
                 **self._embedding_arguments(cond, negative),
                 **{key: value for key, value in settings.items() if value is not None},
             ).images
-        images = self.decode(latents)
-        _refuse_non_finite(latents, images, prompts, seeds)
-        return pipeline.image_processor.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy())
+        return latents
 
     def check_scheduler(self, name: str, num_inference_steps: int | None) -> None:
         """Refuses a diffusers scheduler that does not exist or cannot sample this base."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -77,6 +78,10 @@ class Objective:
         """Adds the gradient of `scale * sum(loss)` to the parameters' by calling `backward` on scalars."""
         backward(output.loss.sum() * scale)
 
+    def loss_at_reference(self, output: Output) -> float | None:
+        """The mean loss of `output`'s groups where policy and reference agree; None: it says nothing."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What outlives a step, for the checkpoint."""
         return {}
@@ -86,6 +91,6 @@ class Objective:
 
 
 def require_positive(name: str, value: float) -> None:
-    """Refuses a hyper-parameter that is zero, negative or NaN."""
-    if not value > 0:
+    """Refuses a hyper-parameter that is zero, negative, infinite or NaN."""
+    if not 0 < value < math.inf:
         raise UserError(f"objective.{name} is {value}: use a value above 0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -123,8 +122,6 @@ class Plugin(Objective):
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             value = getattr(self, name)
             require_positive(name, value)
-            if math.isinf(value):
-                raise UserError(f"objective.{name} is {value}: use a finite value")
         if self.baseline not in BASELINES:
             raise unknown("objective.baseline", self.baseline, BASELINES)
         if not 0.0 <= self.ema_decay < 1.0:
@@ -207,6 +204,12 @@ class Plugin(Objective):
             self._mean_gain += (1.0 - self.ema_decay) * (float(mean_gain) - self._mean_gain)
             mean_gain = torch.full_like(mean_gain, self._mean_gain)
         return Step(mean_gain.clamp_min(0.0), ref_errs)
+
+    def loss_at_reference(self, output: Output) -> float:
+        """Half of the mean weight of the images."""
+        desirable = output.logs["desirable"] > 0.5
+        weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight)
+        return float(weight.mean()) / 2.0
 
     def state_dict(self) -> dict[str, Any]:
         """The moving average, the same on every process."""

@@ -6,7 +6,6 @@ of them: it multiplies the margin in the code and divides it in the paper.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -151,8 +150,6 @@ class Plugin(Objective):
         for name in ("beta", "snr_value", "num_train_timesteps"):
             value = getattr(self, name)
             require_positive(name, value)
-            if math.isinf(value):
-                raise UserError(f"objective.{name} is {value}: use a finite value")
         if self.form not in FORMS:
             raise unknown("objective.form", self.form, FORMS)
         if self.form == "paper" and (self.snr_value, self.num_train_timesteps) != (

@@ -6,6 +6,7 @@ from the ranking that the model itself predicts; the algorithm uses the true ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -193,6 +194,10 @@ class Plugin(Objective):
             return
         for row, pull in enumerate(output.pulls):
             backward(output.error_again(row) * (pull * scale))
+
+    def loss_at_reference(self, output: Output) -> float:
+        """log 2 times the mean over lists of the sum of their weights."""
+        return math.log(2.0) * float(output.logs["weight"].mean())
 
     def _losses(
         self, err: Tensor, ref_err: Tensor, phi: Tensor, batch: Batch, draws: Draws

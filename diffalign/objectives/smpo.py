@@ -228,6 +228,10 @@ class Plugin(Objective):
             loss, {**pair_logs(terms.t, *errors, margin, winner), "beta_multiplier": strength, **logs}
         )
 
+    def loss_at_reference(self, output: Output) -> float:
+        """log 2, whatever the preference."""
+        return math.log(2.0)
+
     def _preference(self, batch: Batch) -> Tensor:
         """`[N]` P that the first image of each pair is preferred."""
         if self.scorer not in batch.ratings:

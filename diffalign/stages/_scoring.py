@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,35 @@ def read_image_rows(source: str | Path, *, limit: int | None = None) -> tuple[li
             raise UserError(f"{where}: a second picture with the id '{row['id']}'; ids must differ")
         seen.add(str(row["id"]))
     return rows, found.parent
+
+
+def read_all_image_rows(sources: str | Sequence[str], *, limit: int | None = None) -> tuple[list[Row], Path]:
+    """Returns what `read_image_rows` does for one source or for several together.
+
+    Of several, ids begin with the source's folder name, since generators number pictures alike; `limit` holds
+    for each.
+
+    Raises:
+        UserError: as in `read_image_rows`, or two sources with folders of one name.
+    """
+    if isinstance(sources, str):
+        return read_image_rows(sources, limit=limit)
+    read = [read_image_rows(source, limit=limit) for source in sources]
+    if not read:
+        raise UserError("images=[] names no pictures: give a folder or an images.jsonl")
+    names = [folder.resolve().name for _, folder in read]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"two of images= are in folders named '{twice[0]}': their pictures' ids would collide"
+        )
+    top = Path(os.path.commonpath([folder.resolve() for _, folder in read]))
+    rows = [
+        {**relative_to(row, folder, top), "id": f"{name}/{row['id']}"}
+        for name, (found, folder) in zip(names, read, strict=True)
+        for row in found
+    ]
+    return rows, top
 
 
 def _picture_files(folder: Path) -> list[Row]:

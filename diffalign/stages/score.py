@@ -24,7 +24,7 @@ ROWS = "scores.jsonl"
 
 def score(
     *,
-    images: str,
+    images: str | list[str],
     scorers: Annotated[dict[str, Any], Many("scorers")],
     out: str,
     limit: int | None = None,
@@ -34,7 +34,7 @@ def score(
     """Returns the path of the written scores.jsonl, after printing mean, median and NaN count of each scorer.
 
     Args:
-        images: an images.jsonl, the folder that holds one, or a folder of pictures.
+        images: an images.jsonl, the folder that holds one, or a folder of pictures; or a list of these.
         scorers: what to score with; label -> options.
         out: folder for scores.jsonl and the manifest; not the folder of the pictures.
         limit: score the first so many pictures only.
@@ -52,7 +52,7 @@ def score(
     recipe = resolved_recipe(score, locals())
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: give a number of pictures of at least 1")
-    rows, source = _scoring.read_image_rows(images, limit=limit)
+    rows, source = _scoring.read_all_image_rows(images, limit=limit)
     chosen = make_many("scorers", scorers)
     _scoring.check_needs(rows, chosen)
     place = _run.pick_device(device)
@@ -82,7 +82,11 @@ def score(
 
 
 def _close(
-    folder: Path, images: str, recipe: dict[str, Any], scored: list[dict[str, Any]], ready: dict[str, Any]
+    folder: Path,
+    images: str | list[str],
+    recipe: dict[str, Any],
+    scored: list[dict[str, Any]],
+    ready: dict[str, Any],
 ) -> None:
     """Writes the manifest: how many pictures, and which ones a scorer had no value for."""
     from diffalign.common import manifest
@@ -92,7 +96,9 @@ def _close(
         folder,
         stage="score",
         recipe=recipe,
-        inputs={"images": images},
+        inputs={"images": images}
+        if isinstance(images, str)
+        else {f"images {number}": path for number, path in enumerate(images)},
         counts={"pictures": len(scored), **{f"{name} NaN": len(ids) for name, ids in failed.items()}},
         dropped={f"{name} NaN": ids for name, ids in failed.items() if ids},
         extra={"scorers": {name: {"scale": s.scale, "version": s.version} for name, s in ready.items()}},

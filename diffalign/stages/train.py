@@ -20,17 +20,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from diffalign.common.config import One, make_one, resolved_recipe
+from diffalign.common.config import Many, One, make_one, resolved_recipe
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.stages import _folder
+from diffalign.stages._examples import GivenPictures, OwnPictures
 from diffalign.training.specs import (
     CheckpointSpec,
     OptimizerSpec,
     ReferenceSpec,
+    RolloutSpec,
     SampleSpec,
     Settings,
     ValidationSpec,
@@ -40,19 +42,20 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from diffalign.data.cache import EncodedSet
-    from diffalign.data.select import UsableGroups
     from diffalign.models._base import Model
     from diffalign.objectives._base import Objective
-    from diffalign.training.feed import Feed
+    from diffalign.stages._examples import Examples
     from diffalign.training.watch import Watch
 
 
 def train(
     *,
     model: Annotated[Any, One("models")],
-    data: Annotated[Any, One("data.sources")],
     out: str,
+    data: Annotated[Any, One("data.sources")] = None,
     objective: Annotated[Any, One("objectives")] = "diffusion_dpo",
+    prompts: str | list[str] | None = None,
+    scorers: Annotated[dict[str, Any] | None, Many("scorers")] = None,
     adapter: AdapterSpec = AdapterSpec(),  # noqa: B008
     preprocess: PreprocessSpec = PreprocessSpec(),  # noqa: B008
     loader: LoaderSpec = LoaderSpec(),  # noqa: B008
@@ -62,6 +65,7 @@ def train(
     samples: SampleSpec = SampleSpec(),  # noqa: B008
     checkpoint: CheckpointSpec = CheckpointSpec(),  # noqa: B008
     reference: ReferenceSpec = ReferenceSpec(),  # noqa: B008
+    rollout: RolloutSpec = RolloutSpec(),  # noqa: B008
     num_steps: int = 1000,
     accumulation: int = 1,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -73,9 +77,11 @@ def train(
 
     Args:
         model: the base.
-        data: preference pairs.
         out: folder of the run.
+        data: preferences; for all objectives but those that draw their own pictures (dragon).
         objective: what is minimised.
+        prompts: what an on-policy objective draws: a text, a list of texts, or a file of prompts.
+        scorers: the one scorer that rewards an on-policy objective's pictures.
         adapter: what is trained.
         preprocess: how pictures are fitted to the network.
         loader: how examples are drawn.
@@ -85,6 +91,7 @@ def train(
         samples: pictures while training.
         checkpoint: how often the run is kept.
         reference: what the policy is held against.
+        rollout: how an on-policy objective draws.
         num_steps: optimizer steps.
         accumulation: micro-batches of `loader.batch_size` groups in one optimizer step.
         precision: of the forward and backward pass; errors and losses are float32 in any case.
@@ -96,15 +103,26 @@ def train(
     given = locals()
     settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
     model = make_one("models", model)
-    data = make_one("data.sources", data)
     objective = make_one("objectives", objective)
     _check_objective(objective, settings)
+    examples: Examples
+    if objective.on_policy:
+        _refuse_given(objective, data=data)
+        examples = OwnPictures(objective, settings, prompts, scorers)
+    else:
+        _refuse_given(objective, prompts=prompts, scorers=scorers)
+        examples = GivenPictures(objective, settings, data)
     finished = _folder.finished(Path(out), recipe)
-    return finished or _train(model, data, objective, settings, recipe, Path(out))
+    return finished or _train(model, examples, objective, settings, recipe, Path(out))
 
 
 def _train(
-    spec: Any, data: Any, objective: Objective, settings: Settings, recipe: dict[str, Any], folder: Path
+    spec: Any,
+    examples: Examples,
+    objective: Objective,
+    settings: Settings,
+    recipe: dict[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """Prepares, runs and closes a run that is not complete yet."""
     from diffalign.common import manifest
@@ -113,25 +131,19 @@ def _train(
     from diffalign.training.setup import accelerator_for
 
     accelerator = accelerator_for(settings.precision)
-    groups = data.usable(
-        unit=objective.unit,
-        undesirable=objective.undesirable,
-        reject=objective.reject,
-        limit=settings.limit,
-    )
-    objective.check_data(data.score_facts())
     model: Model = spec.load(str(accelerator.device))
     base = model.fingerprint()
     settings.timesteps.check(model.process.num_timesteps)
     model.check_training(settings.adapter)
-    inputs = data.inputs()
-    feed, watch = _prepare(groups, model, objective, settings, folder, accelerator)
+    inputs = examples.inputs()
+    feed, heldout = examples.prepare(model, accelerator)
+    watch = _set_up(model, objective, settings, heldout, folder, accelerator)
     with _claimed(folder, accelerator) as is_main:
         identity = _folder.claim(folder, recipe, base, settings.adapter.init, inputs, write=is_main)
         accelerator.wait_for_everyone()
         run = loop.Run(model, objective, feed, folder, identity, accelerator, settings, watch)
         summary = loop.fit(run)
-        counts = groups.tally.counts()
+        counts, dropped = examples.counts()
         if is_main:
             loop.finish(run, model_card(recipe, base_identity=base, counts=counts, summary=summary))
             manifest.write_manifest(
@@ -141,7 +153,7 @@ def _train(
                 inputs=inputs,
                 seed=settings.seed,
                 counts=counts,
-                dropped=groups.tally.dropped,
+                dropped=dropped,
                 extra={"identity": identity, "base": base, "summary": summary},
             )
         accelerator.wait_for_everyone()
@@ -166,32 +178,38 @@ def _claimed(folder: Path, accelerator: Accelerator) -> Iterator[bool]:
 
 def _check_objective(objective: Objective, settings: Settings) -> None:
     """Refuses settings that an objective cannot use."""
-    if settings.validation.share > 0.0 and objective.unit != "pair":
+    name = plugin_name(objective)
+    if settings.validation.share > 0.0 and (objective.unit != "pair" or objective.on_policy):
+        what = "its own" if objective.on_policy else objective.unit
         raise UserError(
-            f"validation.share={settings.validation.share:g} needs pairs, "
-            f"objective={plugin_name(objective)} trains on {objective.unit} images: set validation.share=0"
+            f"validation.share={settings.validation.share:g} needs given pairs, objective={name} trains on "
+            f"{what} images: set validation.share=0"
         )
     if settings.reference.mode != "frozen" and not objective.uses_reference:
         raise UserError(
-            f"reference.mode={settings.reference.mode}: objective={plugin_name(objective)} has no reference; "
-            "leave it out"
+            f"reference.mode={settings.reference.mode}: objective={name} has no reference; leave it out"
         )
 
 
-def _prepare(
-    groups: UsableGroups,
+def _refuse_given(objective: Objective, **given: Any) -> None:
+    """Refuses keys that mean nothing to an objective."""
+    for key, value in given.items():
+        if value is not None:
+            why = "draws its own pictures" if objective.on_policy else "trains on given pictures"
+            raise UserError(f"{key} is set, but objective={plugin_name(objective)} {why}: leave {key} out")
+
+
+def _set_up(
     model: Model,
     objective: Objective,
     settings: Settings,
+    heldout: EncodedSet | None,
     folder: Path,
     accelerator: Accelerator,
-) -> tuple[Feed, Watch]:
-    """Encodes all data, frees the encoders and sets up the policies; what gives micro-batches, the watch."""
-    from diffalign.training.feed import Offline
+) -> Watch:
+    """Frees the encoders and sets up the policies; what is looked at while training."""
     from diffalign.training.watch import Watch
 
-    encoded = _encode(groups, model, settings, objective.unit)
-    train_set, heldout = _split(encoded, settings.validation, settings.seed)
     prompts = settings.samples.prompts
     embedded = model.embed_for_generation(prompts) if prompts else None
     model.drop_encoders()
@@ -201,38 +219,4 @@ def _prepare(
         with_reference=objective.uses_reference or heldout is not None,
         moving_reference=settings.reference.mode != "frozen",
     )
-    feed = Offline(train_set, settings, model.process.num_timesteps, objective.noise)
-    return feed, Watch(settings, heldout, embedded, folder, accelerator)
-
-
-def _encode(groups: UsableGroups, backbone: Model, settings: Settings, unit: str) -> EncodedSet:
-    from diffalign.common.progress import Progress, say
-    from diffalign.data.cache import encode
-
-    with Progress("encode", None, f"{unit}s") as bar:
-
-        def counted() -> Any:
-            for group in groups:
-                yield group
-                bar.update(1)
-
-        encoded = encode(counted(), backbone, settings.preprocess, seed=settings.seed)
-    say(f"{len(encoded)} examples of {groups.tally.asked} rows; dropped: {groups.tally.reasons()}")
-    return encoded
-
-
-def _split(
-    encoded: EncodedSet, validation: ValidationSpec, seed: int
-) -> tuple[EncodedSet, EncodedSet | None]:
-    if validation.share == 0.0:
-        return encoded, None
-    from diffalign.data.loader import split_by_prompt
-
-    train_set, heldout = split_by_prompt(encoded, validation.share, seed=seed)
-    heldout = heldout.subset(range(min(len(heldout), validation.limit or len(heldout))))
-    if all(example.target == 0.5 for example in heldout.examples):
-        raise UserError(
-            f"all {len(heldout)} held-out pairs are ties: raise validation.share or validation.limit, or use "
-            "data.ties=drop"
-        )
-    return train_set, heldout
+    return Watch(settings, heldout, embedded, folder, accelerator)

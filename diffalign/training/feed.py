@@ -17,8 +17,15 @@ from diffalign.training.specs import Settings
 class Feed(Protocol):
     """An endless stream of micro-batches, numbered over all processes; a run may enter it anywhere."""
 
-    def micro_batches(self, start: int, rank: int, num_ranks: int) -> Iterator[tuple[Batch, Draws]]:
-        """Micro-batches number `start + rank`, then every `num_ranks`-th, with their draws; on the CPU."""
+    def micro_batches(self, start: int, rank: int, num_ranks: int) -> Iterator[tuple[Batch, Draws] | None]:
+        """Micro-batches number `start + rank`, then every `num_ranks`-th, with their draws; on the CPU.
+
+        None where there is nothing to learn from.
+        """
+        ...
+
+    def news(self) -> list[dict[str, float]]:
+        """What there is to log since the last call."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,6 +66,10 @@ class Offline:
                     batch, settings.timesteps, self.num_timesteps, seed=settings.seed, noise=self.noise
                 ),
             )
+
+    def news(self) -> list[dict[str, float]]:
+        """Nothing."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""

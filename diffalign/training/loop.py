@@ -86,7 +86,9 @@ class _State:
     step: int = 0
     saved: int = 0
     position: int = 0
-    counters: dict[str, int] = field(default_factory=lambda: {"skipped_steps": 0, "skips_in_a_row": 0})
+    counters: dict[str, int] = field(
+        default_factory=lambda: {"skipped_steps": 0, "skips_in_a_row": 0, "empty_steps": 0}
+    )
 
 
 def fit(run: Run) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def _steps(run: Run, state: _State, log: MetricsLog) -> None:
             torch.manual_seed(seed_of(settings.seed, "step", state.step, ranks.index))
             rate = learning_rate(settings.optimizer, state.step, settings.num_steps)
             _set_learning_rate(state.adamw, rate)
-            loss, speed = _timed_step(run, state, incoming)
+            loss, speed = _timed_step(run, state, incoming, log)
             bar.update(1, loss=loss, **{f"{run.objective.unit}s/s": speed})
             last = state.step == settings.num_steps
             keep = state.step % settings.checkpoint.every == 0 or last
@@ -205,19 +207,28 @@ def _save(run: Run, state: _State) -> None:
     checkpoints.save(run.out, checkpoint, identity=run.identity, keep=run.settings.checkpoint.keep)
 
 
-def _micro_batches(run: Run, start: int) -> Iterator[tuple[Batch, Draws]]:
-    """This process's micro-batches from number `start` on, with their draws, on the device."""
+def _micro_batches(run: Run, start: int) -> Iterator[list[tuple[Batch, Draws]]]:
+    """This process's micro-batch from number `start` on, with its draws, on the device, or an empty list."""
     device, ranks = run.accelerator.device, run.ranks
-    for batch, draws in run.feed.micro_batches(start, ranks.index, ranks.count):
-        yield batch.to(device), draws.to(device)
+    for item in run.feed.micro_batches(start, ranks.index, ranks.count):
+        yield [] if item is None else [(item[0].to(device), item[1].to(device))]
 
 
-def _timed_step(run: Run, state: _State, incoming: Iterator[tuple[Batch, Draws]]) -> tuple[float, float]:
+def _timed_step(
+    run: Run, state: _State, incoming: Iterator[list[tuple[Batch, Draws]]], log: MetricsLog
+) -> tuple[float, float]:
     """One optimizer step; returns its mean loss and the groups a second, waiting for data included."""
     started = time.perf_counter()
-    micro = [next(incoming) for _ in range(run.settings.accumulation)]
+    micro = [item for _ in range(run.settings.accumulation) for item in next(incoming)]
+    state.position += run.settings.accumulation * run.ranks.count
+    for row in run.feed.news():
+        log.write("rollout", state.step, row)
     num_groups = run.ranks.total(sum(batch.num_groups for batch, _ in micro))
-    loss = _optimizer_step(run, state, micro, num_groups)
+    if num_groups:
+        loss = _optimizer_step(run, state, micro, num_groups)
+    else:
+        loss = math.nan
+        state.counters["empty_steps"] += 1
     state.step += 1
     _update_reference(run, state.step)
     return loss, num_groups / (time.perf_counter() - started)
@@ -229,15 +240,14 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]], n
     with run.accelerator.autocast():
         shared = objective.prepare(denoiser, micro, ranks.gather)
     total = 0.0
-    for batch, draws in micro:
+    for index, (batch, draws) in enumerate(micro):
         with run.accelerator.autocast():
             output = objective.compute(denoiser, batch, draws, shared)
         total += _finite_sum(output.loss, batch, draws, state.step)
         objective.backward(output, 1.0 / num_groups, run.accelerator.backward)
         state.health.add(output.loss, output.logs)
-        if state.step == 0 and state.position == 0 and "margin" in output.logs:
-            _say_step_zero(output)
-        state.position += ranks.count
+        if state.step == index == 0:
+            _say_step_zero(objective, output)
     ranks.sum_gradients(state.parameters)
     norm = run.accelerator.clip_grad_norm_(state.parameters, run.settings.optimizer.max_grad_norm or math.inf)
     _step_unless_non_finite(run, state, float(norm))
@@ -251,10 +261,13 @@ def _update_reference(run: Run, step: int) -> None:
         run.model.move_reference(spec.decay if spec.mode == "ema" else 0.0)
 
 
-def _say_step_zero(output: Output) -> None:
+def _say_step_zero(objective: Objective, output: Output) -> None:
+    expected = objective.loss_at_reference(output)
+    if expected is None:
+        return
     largest = float(output.logs["margin"].abs().max())
     loss = float(output.loss.detach().mean())
-    say(f"step 0: loss {loss:.6f}, largest |logit| {largest:.3g} (log 2 = 0.693147 and 0 expected)")
+    say(f"step 0: loss {loss:.6f} ({expected:.6f} expected), largest |logit| {largest:.3g} (0 expected)")
 
 
 def _finite_sum(loss: torch.Tensor, batch: Batch, draws: Draws, step: int) -> float:

@@ -145,6 +145,31 @@ class ReferenceSpec:
 
 
 @dataclass
+class RolloutSpec:
+    """How an on-policy objective draws its own pictures: two a prompt.
+
+    Args:
+        steps: optimizer steps that one rollout is made for; it has as many pairs as they take.
+        num_inference_steps: few are enough (Bai et al. 2025); null: the pipeline's default.
+        guidance_scale: null: the pipeline's default.
+        scheduler: class name of a diffusers scheduler; null: the base's own.
+        batch_size: pictures drawn at once.
+    """
+
+    steps: int = 1
+    num_inference_steps: int | None = 10
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_inference_steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"rollout.{name} is {value}: use 1 or more")
+
+
+@dataclass
 class Settings:
     """All of a run but its components (model, data, objective) and its folder; the keys of `diffalign train`,
     where each is explained.
@@ -159,6 +184,7 @@ class Settings:
     samples: SampleSpec = field(default_factory=SampleSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     reference: ReferenceSpec = field(default_factory=ReferenceSpec)
+    rollout: RolloutSpec = field(default_factory=RolloutSpec)
     num_steps: int = 1000
     accumulation: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

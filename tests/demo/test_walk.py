@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from diffalign.common.errors import UserError
 from diffalign.demo import demo, embedded, walk
+from diffalign.demo.methods import METHODS
 from diffalign.scenes import is_held_out, parse
 
 SMALLEST = walk.Size(
@@ -19,16 +21,16 @@ SMALLEST = walk.Size(
     test_seeds=1,
     sampler_steps=6,
     batch_size=12,
-    pairs_per_step=4,
     num_steps=2,
 )
+FEW = replace(METHODS["dpo"], groups=4)
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A finished walk and its report."""
     out = tmp_path_factory.mktemp("demo")
-    return out, walk.walk(out, SMALLEST, objective=None, seed=0, recipe={"seed": 0})
+    return out, walk.walk(out, SMALLEST, method=FEW, seed=0, recipe={"seed": 0})
 
 
 def test_every_stage_leaves_its_files(walked: tuple[Path, dict]) -> None:
@@ -62,14 +64,14 @@ def test_report_counts_what_was_drawn(walked: tuple[Path, dict]) -> None:
     pairs = len((out / "3-pairs" / "preferences.jsonl").read_text().splitlines())
     manifest = json.loads((out / "4-run" / "manifest.json").read_text())
     assert manifest["counts"] == {"asked": pairs, "used": pairs, "dropped": {}}
-    assert 0 < first["groups"] <= 2 * SMALLEST.pairs_per_step
+    assert 0 < first["groups"] <= 2 * FEW.groups
 
 
 def test_walking_again_does_nothing_again(walked: tuple[Path, dict]) -> None:
     out, report = walked
     weights = out / "4-run" / "adapter" / "pytorch_lora_weights.safetensors"
     before = weights.stat().st_mtime_ns
-    again = walk.walk(out, SMALLEST, objective=None, seed=0, recipe={"seed": 0})
+    again = walk.walk(out, SMALLEST, method=FEW, seed=0, recipe={"seed": 0})
     assert again["win_rate"] == report["win_rate"]
     assert weights.stat().st_mtime_ns == before
 

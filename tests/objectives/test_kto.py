@@ -340,7 +340,7 @@ def test_what_it_is() -> None:
     [
         ({"beta": 0.0}, "objective.beta is 0.0: use a value above 0"),
         ({"beta": math.nan}, "objective.beta is nan: use a value above 0"),
-        ({"beta": math.inf}, "objective.beta is inf: use a finite value"),
+        ({"beta": math.inf}, "objective.beta is inf: use a value above 0"),
         ({"desirable_weight": 0.0}, "objective.desirable_weight is 0.0: use a value above 0"),
         ({"undesirable_weight": -1.0}, "objective.undesirable_weight is -1.0: use a value above 0"),
         ({"baseline": "eam"}, "unknown objective.baseline 'eam': did you mean 'ema'? known: batch, ema"),

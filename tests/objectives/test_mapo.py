@@ -278,7 +278,7 @@ def test_a_tie_is_never_a_win() -> None:
         ({"beta": 0.0}, "objective.beta is 0.0: use a value above 0"),
         ({"beta": -1.0}, "objective.beta is -1.0: use a value above 0"),
         ({"beta": math.nan}, "objective.beta is nan: use a value above 0"),
-        ({"beta": math.inf}, "objective.beta is inf: use a finite value"),
+        ({"beta": math.inf}, "objective.beta is inf: use a value above 0"),
         ({"snr_value": 0.0}, "objective.snr_value is 0.0: use a value above 0"),
         ({"num_train_timesteps": 0}, "objective.num_train_timesteps is 0: use a value above 0"),
         ({"form": "cod"}, "unknown objective.form 'cod': did you mean 'code'? known: code, paper"),

@@ -1,0 +1,174 @@
+"""What a run trains on: given pictures, encoded once, or pictures that the policy draws itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from diffalign.common.config import make_many, make_one
+from diffalign.common.errors import UserError
+from diffalign.common.plugins import plugin_name
+from diffalign.training.specs import Settings, ValidationSpec
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from diffalign.data.cache import EncodedSet
+    from diffalign.data.select import UsableGroups
+    from diffalign.models._base import Model
+    from diffalign.objectives._base import Objective
+    from diffalign.training.feed import Feed
+
+
+class Examples(Protocol):
+    """Where a run's micro-batches come from, before any of them is made."""
+
+    def inputs(self) -> dict[str, Path | str]:
+        """What the manifest names as input."""
+        ...
+
+    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
+        """What gives the micro-batches, and pairs held out for validation; encodes what is to be encoded."""
+        ...
+
+    def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """What was asked for and used, and the dropped rows by reason; after training."""
+        ...
+
+
+class GivenPictures:
+    """The usable groups of a data source.
+
+    Raises:
+        UserError: no data, or data that the objective cannot use.
+    """
+
+    def __init__(self, objective: Objective, settings: Settings, data: Any) -> None:
+        if data is None:
+            raise UserError("train needs data: name a source and its path, e.g. data=pickapic data.path=...")
+        self._objective, self._settings = objective, settings
+        self._source = make_one("data.sources", data)
+        objective.check_data(self._source.score_facts())
+        self._groups: UsableGroups = self._source.usable(
+            unit=objective.unit,
+            undesirable=objective.undesirable,
+            reject=objective.reject,
+            limit=settings.limit,
+        )
+
+    def inputs(self) -> dict[str, Path | str]:
+        """The data's files."""
+        found: dict[str, Path | str] = self._source.inputs()
+        return found
+
+    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
+        """Encodes everything and splits off the held-out pairs."""
+        from diffalign.training.feed import Offline
+
+        encoded = self._encode(model)
+        train_set, heldout = split(encoded, self._settings.validation, self._settings.seed)
+        steps = model.process.num_timesteps
+        return Offline(train_set, self._settings, steps, self._objective.noise), heldout
+
+    def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """The tally of the data."""
+        return self._groups.tally.counts(), self._groups.tally.dropped
+
+    def _encode(self, model: Model) -> EncodedSet:
+        from diffalign.common.progress import Progress, say
+        from diffalign.data.cache import encode
+
+        groups = self._groups
+        with Progress("encode", None, f"{self._objective.unit}s") as bar:
+
+            def counted() -> Any:
+                for group in groups:
+                    yield group
+                    bar.update(1)
+
+            encoded = encode(counted(), model, self._settings.preprocess, seed=self._settings.seed)
+        say(f"{len(encoded)} examples of {groups.tally.asked} rows; dropped: {groups.tally.reasons()}")
+        return encoded
+
+
+class OwnPictures:
+    """Pictures of prompts by the policy, rewarded by a scorer.
+
+    Raises:
+        UserError: no prompts, or not one scorer.
+    """
+
+    def __init__(
+        self, objective: Objective, settings: Settings, prompts: str | list[str] | None, scorers: Any
+    ) -> None:
+        from diffalign.data.prompts import load_prompts, prompt_file
+
+        name = plugin_name(objective)
+        if prompts is None:
+            raise UserError(f"objective={name} draws its own pictures: give prompts=FILE (or a text)")
+        named = make_many("scorers", scorers or {})
+        if len(named) != 1:
+            raise UserError(
+                f"objective={name} is rewarded by one scorer, {len(named)} are given: e.g. scorers=[clip]"
+            )
+        self._objective, self._settings = objective, settings
+        (self._scorer,) = named.values()
+        self._prompts = load_prompts(prompts, limit=settings.limit)
+        self._file = prompt_file(prompts) if isinstance(prompts, str) else None
+        self._rollout: Any = None
+
+    def inputs(self) -> dict[str, Path | str]:
+        """Prompts and exemplars, where they are files; the scorer's version."""
+        exemplars = getattr(self._objective, "exemplars", None)
+        return {
+            **({} if self._file is None else {"prompts": self._file}),
+            **({} if exemplars is None else {"exemplars": Path(exemplars)}),
+        }
+
+    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
+        """Encodes the prompts and loads the scorer."""
+        from diffalign.training.judge import Judge
+        from diffalign.training.ranks import Ranks
+        from diffalign.training.rollout import Rollout, embed_prompts
+
+        spec = self._settings.rollout
+        if spec.scheduler is not None:
+            model.check_scheduler(spec.scheduler, spec.num_inference_steps)
+        objective: Any = self._objective
+        judge = Judge(objective, self._scorer.load(str(accelerator.device)), batch_size=spec.batch_size)
+        texts = embed_prompts(model, self._prompts, self._settings.preprocess.resolution)
+        self._rollout = Rollout(
+            model,
+            self._objective,
+            judge,
+            self._prompts,
+            texts,
+            self._settings,
+            Ranks(accelerator),
+            accelerator.autocast,
+        )
+        return self._rollout, None
+
+    def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """How many prompts there were; what was drawn stands in metrics.jsonl."""
+        return {"asked": len(self._prompts), "used": len(self._prompts), "dropped": {}}, {}
+
+
+def split(encoded: EncodedSet, validation: ValidationSpec, seed: int) -> tuple[EncodedSet, EncodedSet | None]:
+    """`(training set, held-out pairs)`.
+
+    Raises:
+        UserError: nothing is left on a side, or only ties are held out.
+    """
+    if validation.share == 0.0:
+        return encoded, None
+    from diffalign.data.loader import split_by_prompt
+
+    train_set, heldout = split_by_prompt(encoded, validation.share, seed=seed)
+    heldout = heldout.subset(range(min(len(heldout), validation.limit or len(heldout))))
+    if all(example.target == 0.5 for example in heldout.examples):
+        raise UserError(
+            f"all {len(heldout)} held-out pairs are ties: raise validation.share or validation.limit, or use "
+            "data.ties=drop"
+        )
+    return train_set, heldout

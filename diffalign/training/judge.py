@@ -1,0 +1,139 @@
+"""Which of the policy's own pictures are good: a scorer's values or features, put to an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffalign.common.errors import UserError
+from diffalign.common.plugins import plugin_name
+from diffalign.data.prompts import load_prompts
+from diffalign.data.records import ImageRef
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Chooser(Protocol):
+    """What an on-policy objective says of its reward."""
+
+    reward: str
+    measure: str | None
+    exemplars: str | None
+    needs_exemplars: bool
+
+    def choose(self, rewards_a: Any, rewards_b: Any) -> Tensor:
+        """`[n]` probability that a is preferred, from rewards of single pictures."""
+        ...
+
+    def choose_sets(
+        self, features_a: Any, features_b: Any, set_reward: Any, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The same from a reward of whole sets."""
+        ...
+
+
+class Judge:
+    """Rewards of the pictures of a rollout.
+
+    `look` sees this process's pictures; what it gives is gathered and goes to `targets`.
+
+    Args:
+        objective: says which reward.
+        scorer: gives values, or features where the reward is of exemplars or sets; loaded.
+        batch_size: exemplars embedded at once.
+
+    Raises:
+        UserError: the scorer cannot give what the reward needs, or the exemplars cannot be read.
+    """
+
+    def __init__(self, objective: Chooser, scorer: Any, *, batch_size: int = 32) -> None:
+        self._objective, self._scorer = objective, scorer
+        self._set_reward: Any = None
+        self._exemplar_reward: Any = None
+        name = plugin_name(scorer)
+        if objective.reward == "instance":
+            return
+        if not hasattr(scorer, "embed_images"):
+            raise UserError(
+                f"objective.reward={objective.reward} needs features, and scorer {name} has none: use one "
+                "that embeds pictures, e.g. clip"
+            )
+        exemplars = None
+        if objective.needs_exemplars:
+            assert objective.exemplars is not None
+            exemplars = _embed_exemplars(objective.exemplars, scorer, batch_size)
+        from diffalign.scorers._set_rewards import exemplar_reward, set_reward
+
+        if objective.reward == "set":
+            self._set_reward = set_reward(str(objective.measure), exemplars)
+        else:
+            self._exemplar_reward = exemplar_reward(str(objective.measure), exemplars)
+
+    def look(
+        self, pictures: list[Any], prompts: list[str], contexts: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        """`[B]` rewards, higher being better, or `[B, d]` features where the reward is of a set; float64."""
+        if self._set_reward is not None:
+            features: Tensor = self._scorer.embed_images(pictures)
+            return features.double()
+        if self._exemplar_reward is not None:
+            return torch.as_tensor(self._exemplar_reward(self._scorer.embed_images(pictures))).double()
+        values: Tensor = self._scorer(pictures, prompts, context=contexts).double().cpu()
+        return values if self._scorer.higher_is_better else -values
+
+    def targets(
+        self, seen_a: Tensor, seen_b: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """`[n]` probability that a picture of a is good (0.5: neither), and the rewards to log.
+
+        The rewards: `reward`, of all pictures (for sets the mean of both sets'), and `reward_chosen`, of the
+        good ones.
+        """
+        if self._set_reward is None:
+            targets = self._objective.choose(seen_a, seen_b)
+            better = torch.maximum(seen_a, seen_b)
+            rewards = (torch.cat([seen_a, seen_b]), better)
+            return targets, {
+                "reward": float(rewards[0].mean()),
+                "reward_chosen": float(rewards[1].mean()),
+            }
+        targets = self._objective.choose_sets(seen_a, seen_b, self._set_reward, generator)
+        chosen = torch.where((targets >= 0.5)[:, None], seen_a, seen_b)
+        of = self._set_reward
+        return targets, {"reward": (of(seen_a) + of(seen_b)) / 2.0, "reward_chosen": of(chosen)}
+
+
+def _embed_exemplars(source: str, scorer: Any, batch_size: int) -> Tensor:
+    """Features `[m, d]` float64 of the pictures of a folder, or of the texts of a file."""
+    path = Path(source)
+    if path.is_dir():
+        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        rows = [
+            scorer.embed_images([ImageRef(path=p).open() for p in pictures[start : start + batch_size]])
+            for start in range(0, len(pictures), batch_size)
+        ]
+        what = "pictures"
+    elif path.is_file():
+        if not hasattr(scorer, "embed_texts"):
+            raise UserError(
+                f"objective.exemplars={source} holds texts, and scorer {plugin_name(scorer)} reads pictures "
+                "only: give a folder of pictures"
+            )
+        texts = [prompt.text for prompt in load_prompts(source)]
+        rows = [
+            scorer.embed_texts(texts[start : start + batch_size])
+            for start in range(0, len(texts), batch_size)
+        ]
+        what = "texts"
+    else:
+        raise UserError(
+            f"objective.exemplars={source} does not exist: give a folder of pictures or a text file"
+        )
+    count = sum(len(row) for row in rows)
+    if count < 2:
+        raise UserError(f"objective.exemplars={source} holds {count} {what}: give 2 or more")
+    return torch.cat(rows).double()

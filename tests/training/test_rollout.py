@@ -1,0 +1,211 @@
+"""Rollouts: deterministic, split by reward, dropped where undecided, resumed in the middle bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageStat
+
+from diffalign.common import files
+from diffalign.common.errors import UserError
+from diffalign.data.prompts import load_prompts
+from diffalign.data.specs import LoaderSpec, PreprocessSpec
+from diffalign.models._spec import AdapterSpec
+from diffalign.models.sdxl import Plugin as SDXL
+from diffalign.objectives.dragon import Plugin as Dragon
+from diffalign.scorers._base import Scorer, Scores
+from diffalign.training import loop
+from diffalign.training.checkpoint import load_latest
+from diffalign.training.judge import Judge
+from diffalign.training.ranks import Ranks
+from diffalign.training.rollout import Rollout, embed_prompts
+from diffalign.training.setup import accelerator_for
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec, RolloutSpec, Settings
+from tests.tiny_training import make_run, make_set
+
+PROMPTS = load_prompts(["a ring", "a cube", "a cat"])
+
+
+@dataclass
+class Brightness(Scorer):
+    """Mean grey value; `levels`: rounded to so many, so that ties happen."""
+
+    levels: int | None = None
+    scale: str = "grey"
+
+    def _score_batch(self, images: Any, prompts: Any, context: Any) -> Scores:
+        values = torch.tensor([ImageStat.Stat(image.convert("L")).mean[0] / 255 for image in images])
+        return Scores(values if self.levels is None else (values * self.levels).round())
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_sdxl: str) -> Any:
+    model: Any = SDXL(path=tiny_sdxl).load()
+    model.start_training(AdapterSpec(rank=2, dropout=0.1), seed=0, with_reference=True)
+    return model
+
+
+@pytest.fixture
+def model(loaded: Any) -> Any:
+    """The shared model, put back to its start after each test."""
+    state = {name: tensor.clone() for name, tensor in loaded.trained_state().items()}
+    yield loaded
+    loaded.load_trained_state(state)
+
+
+def make_rollout(
+    model: Any,
+    *,
+    objective: Any = None,
+    scorer: Scorer | None = None,
+    levels: int | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Rollout:
+    settings = Settings(
+        **{
+            "loader": LoaderSpec(batch_size=2),
+            "rollout": RolloutSpec(steps=2, num_inference_steps=2, guidance_scale=1.0, batch_size=3),
+            "preprocess": PreprocessSpec(resolution=32),
+            "seed": seed,
+            **changes,
+        }
+    )
+    objective = objective or Dragon()
+    judge = Judge(objective, scorer or Brightness(levels))
+    texts = embed_prompts(model, PROMPTS, 32)
+    return Rollout(model, objective, judge, PROMPTS, texts, settings, Ranks(accelerator_for("fp32")))
+
+
+def take(rollout: Rollout, count: int, start: int = 0) -> list[Any]:
+    return list(islice(rollout.micro_batches(start, 0, 1), count))
+
+
+def test_a_rollout_is_a_function_of_policy_seed_and_number(model: Any) -> None:
+    torch.manual_seed(1)
+    first = take(make_rollout(model), 4)
+    torch.manual_seed(2)
+    again, other = take(make_rollout(model), 4), take(make_rollout(model, seed=1), 4)
+    for (batch, draws), (same, same_draws) in zip(first, again, strict=True):
+        assert batch.ids == same.ids and torch.equal(batch.latents, same.latents)
+        assert torch.equal(batch.target, same.target) and torch.equal(draws.noise, same_draws.noise)
+    assert not torch.equal(first[0][0].latents, other[0][0].latents)
+    ids = [name for batch, _ in first for name in batch.ids]
+    assert ids == [f"rollout-{number}" for number in range(8)]
+
+
+def test_the_brighter_picture_is_preferred(model: Any) -> None:
+    rollout = make_rollout(model)
+    for batch, _ in take(rollout, 2):
+        pictures = model.pictures(batch.latents, ["x"] * 4, [0] * 4)
+        values = Brightness()(pictures).view(2, 2)
+        assert torch.equal(batch.target, (values[:, 0] > values[:, 1]).float())
+        assert torch.equal(batch.counts, torch.tensor([2, 2])) and batch.cond.batch_size == 4
+    (row,) = rollout.news()
+    assert row["pairs"] == 4 and row["decided"] == 1.0 and row["reward_chosen"] > row["reward"]
+    assert rollout.news() == []
+
+
+def test_the_global_random_stream_is_left_alone(model: Any) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    take(make_rollout(model), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.network.training
+
+
+def test_pairs_without_a_better_picture_teach_nothing(model: Any) -> None:
+    assert take(make_rollout(model, levels=1), 3) == [None, None, None]
+    rollout = make_rollout(model, levels=80)
+    got = take(rollout, 2)
+    decided = sum(item[0].num_groups for item in got if item is not None)
+    (row,) = rollout.news()
+    assert 0 < decided < 4 and row["decided"] == decided / 4
+    assert all(0.5 not in item[0].target.tolist() for item in got if item is not None)
+
+
+def test_kto_gets_single_pictures_of_both_kinds(model: Any) -> None:
+    ((batch, draws), *_) = take(make_rollout(model, objective=Dragon(surrogate="kto")), 2)
+    assert batch.ids == ["rollout-0:0", "rollout-0:1"] and sorted(batch.target.tolist()) == [0.0, 1.0]
+    assert batch.counts.tolist() == [1, 1] and draws.t[0] != draws.t[1]
+    with pytest.raises(UserError, match=r"loader\.batch_size=3: a prompt gives two pictures"):
+        make_rollout(model, objective=Dragon(surrogate="kto"), loader=LoaderSpec(batch_size=3))
+
+
+def run_of(model: Any, out: Path, levels: int | None = None, **changes: Any) -> loop.Run:
+    settings = {
+        "num_steps": 5,
+        "log_every": 1,
+        "checkpoint": CheckpointSpec(every=3, keep=5),
+        "optimizer": OptimizerSpec(lr=1e-3),
+        "rollout": RolloutSpec(steps=2, num_inference_steps=2, guidance_scale=1.0, batch_size=4),
+        **changes,
+    }
+    run = make_run(model, make_set(model, 2), out, objective=Dragon(), **settings)
+    rollout = make_rollout(model, levels=levels)
+    rollout.settings = run.settings
+    run.feed = rollout
+    return run
+
+
+def test_a_run_resumed_within_a_rollout_is_equal_bit_for_bit(model: Any, tmp_path: Path) -> None:
+    """Step 3 is the first of the two that the second rollout is made for."""
+    start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    loop.fit(run_of(model, tmp_path / "whole"))
+    whole = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    model.load_trained_state(start)
+    loop.fit(run_of(model, tmp_path / "parts", num_steps=3))
+    found = load_latest(tmp_path / "parts", identity="this run")
+    assert found is not None and len(found.state["feed"]["drawn"]["targets"]) == 4
+    model.load_trained_state(start)
+    loop.fit(run_of(model, tmp_path / "parts"))
+    for name, tensor in model.trained_state().items():
+        assert torch.equal(tensor, whole[name]), name
+    rows = [files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0] if row["kind"] == "rollout"] == [0, 2, 4]
+
+
+def test_a_step_without_a_decided_pair_is_counted_and_changes_nothing(model: Any, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    summary = loop.fit(run_of(model, tmp_path / "run", levels=1))
+    assert summary["empty_steps"] == summary["steps"] == 5
+    for name, tensor in model.trained_state().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_what_a_reward_cannot_use_is_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"reward=set needs features, and scorer .* has none"):
+        Judge(Dragon(reward="set", measure="vendi"), Brightness())
+    with pytest.raises(UserError, match=r"exemplars=.*nowhere does not exist"):
+        Judge(Dragon(reward="set", exemplars=str(tmp_path / "nowhere")), Embedding())
+    (tmp_path / "one.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match=r"one\.txt holds texts, and scorer .* reads pictures only"):
+        Judge(Dragon(reward="set", exemplars=str(tmp_path / "one.txt")), Embedding())
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none holds 0 pictures: give 2 or more"):
+        Judge(Dragon(reward="set", exemplars=str(tmp_path / "none")), Embedding())
+    with pytest.raises(UserError, match="resolution=33: use a multiple of"):
+        embed_prompts(model, PROMPTS, 33)
+
+
+class Embedding(Brightness):
+    """Mean colour as features."""
+
+    def embed_images(self, images: Any) -> torch.Tensor:
+        return torch.tensor([ImageStat.Stat(image.convert("RGB")).mean for image in images])
+
+
+def test_a_set_reward_prefers_pictures_that_make_the_set_better(model: Any, tmp_path: Path) -> None:
+    for name, colour in (("a", "white"), ("b", "lightgrey")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
+    objective = Dragon(reward="set", measure="mmd", exemplars=str(tmp_path))
+    rollout = make_rollout(model, objective=objective, scorer=Embedding())
+    assert len(take(rollout, 2)) == 2
+    (row,) = rollout.news()
+    assert row["reward_chosen"] >= row["reward"]
