@@ -140,7 +140,7 @@ def _run(command: _Command) -> int:
 
 def _run_steps(command: _Command) -> int:
     """Runs a recipe of several verbs."""
-    from diffalign import recipes
+    from diffalign.common import recipes
 
     stages = {verb: lambda verb=verb: _stage(verb)[0] for verb in VERBS}
     assert command.config is not None

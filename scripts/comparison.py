@@ -13,6 +13,9 @@ from diffalign.demo import walk
 
 KINDS = ("accurate", "object", "colour", "count", "position")
 
+PICTURES = 2
+"""Of each prompt, that models are compared on."""
+
 Rows = dict[tuple[str, Any], dict[str, float]]
 """(prompt, seed) -> the grader's numbers, NaN where a caption has no such clause."""
 

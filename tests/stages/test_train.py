@@ -184,7 +184,7 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
         ("precision=fp61", "expected one of fp32, bf16, fp16, found 'fp61'"),
         (
             "objective=sft validation.share=0.5",
-            "validation.share=0.5 needs pairs, objective=sft trains on single",
+            "validation.share=0.5 needs given pairs, objective=sft trains on single",
         ),
         ("validation.share=0.0001", "leaves 6 training and 0 held-out examples"),
         ("data.max_bad_share=0.05", "max_bad_share=0.05"),
@@ -279,7 +279,7 @@ def test_a_signal_saves_and_leaves(
 def test_settings_are_the_keys_of_train() -> None:
     """Same names and defaults: the command line and a run set up in Python mean the same."""
     signature = inspect.signature(train).parameters
-    components = {"model", "data", "objective", "out"}
+    components = {"model", "data", "objective", "prompts", "scorers", "out"}
     assert {field.name for field in fields(Settings)} == set(signature) - components
     plain = Settings()
     assert all(getattr(plain, name) == signature[name].default for name in set(signature) - components)

@@ -1,0 +1,373 @@
+"""All objectives on the embedded world: the same prompts, pictures and reward, at most four settings each.
+
+    python scripts/bakeoff.py --out runs/bakeoff --phase tune     # every setting, on the tuning prompts
+    python scripts/bakeoff.py --out runs/bakeoff --phase test     # the chosen ones, 3 seeds, test prompts
+    python scripts/bakeoff.py --out runs/bakeoff --report-only
+
+Every cell (phase, method, setting, seed) is a process of its own, so that its peak of memory is its own too;
+finished ones stand in ROWS and are not done again. Setting number k of a method is `SETTINGS[method][k]`; the
+one with the highest win rate on the tuning prompts is tested (exemplar and set rewards: with the highest gain
+of their own reward). Rewards of training come from the exact grader; those two use features of tiny-clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from typing import Any
+
+import numpy as np
+from bakeoff_report import as_markdown, chosen_setting
+from comparison import KINDS, PICTURES, Rows, graded, rows_of
+from PIL import Image
+
+from diffalign.common import files
+from diffalign.common.config import resolved_recipe
+from diffalign.common.statistics import bootstrap_interval
+from diffalign.data.sources.jsonl import Plugin as Preferences
+from diffalign.demo import embedded, walk
+from diffalign.demo.methods import Method
+from diffalign.objectives._base import Objective
+from diffalign.objectives.diffusion_dpo import Plugin as DPO
+from diffalign.objectives.dragon import Plugin as DRAGON
+from diffalign.objectives.kto import Plugin as KTO
+from diffalign.objectives.mapo import Plugin as MaPO
+from diffalign.objectives.rankdpo import Plugin as RankDPO
+from diffalign.objectives.sft import Plugin as SFT
+from diffalign.objectives.smpo import Plugin as SmPO
+from diffalign.scorers import load_scorer
+from diffalign.scorers._set_rewards import exemplar_reward, set_reward
+from diffalign.stages.evaluate import evaluate
+from diffalign.stages.pair import pair
+from diffalign.stages.train import train
+
+ROWS = Path(__file__).with_name("results") / "bakeoff.jsonl"
+REPORT = Path(__file__).with_name("results") / "bakeoff.md"
+
+TUNING_PROMPTS, TEST_PROMPTS = 100, 250
+TEST_SEEDS = 3
+SIZE = walk.WHOLE
+
+
+def _dragon(reward: str, beta: float, lr: float, steps: int) -> Method:
+    return Method(
+        lambda folder: DRAGON(reward=reward, exemplars=str(folder), beta=beta),  # type: ignore[arg-type]
+        lr=lr,
+        scorer="clip",
+        rollout_steps=steps,
+    )
+
+
+SETTINGS: dict[str, list[Method]] = {
+    "sft": [Method(lambda _: SFT(), lr=lr, groups=32) for lr in (1e-4, 2e-4, 4e-4, 8e-4)],
+    "dpo": [
+        Method(lambda _: DPO(beta=2000.0), lr=4e-4),
+        Method(lambda _: DPO(beta=2000.0), lr=8e-4),
+        Method(lambda _: DPO(beta=1000.0), lr=4e-4),
+        Method(lambda _: DPO(beta=4000.0), lr=4e-4),
+    ],
+    "mapo": [
+        Method(lambda _: MaPO(beta=0.1), lr=1e-4),
+        Method(lambda _: MaPO(beta=0.1), lr=2e-4),
+        Method(lambda _: MaPO(beta=0.1), lr=4e-4),
+        Method(lambda _: MaPO(beta=1.0), lr=2e-4),
+    ],
+    "smpo": [
+        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion_steps=5), lr=2e-4),
+        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion_steps=5, inverter="reference"), lr=2e-4),
+        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion_steps=5, inverter="reference"), lr=4e-4),
+        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion="none"), lr=4e-4),
+    ],
+    "rankdpo": [
+        Method(lambda _: RankDPO(beta=2000.0), lr=4e-4, groups=8),
+        Method(lambda _: RankDPO(beta=5000.0), lr=4e-4, groups=8),
+        Method(lambda _: RankDPO(beta=2000.0), lr=8e-4, groups=8),
+        Method(lambda _: RankDPO(beta=2000.0, phi="mean"), lr=4e-4, groups=8),
+    ],
+    "kto": [
+        Method(lambda _: KTO(beta=2000.0), lr=4e-4, groups=32),
+        Method(lambda _: KTO(beta=4000.0), lr=4e-4, groups=32),
+        Method(lambda _: KTO(beta=2000.0), lr=8e-4, groups=32),
+        Method(lambda _: KTO(beta=1000.0), lr=4e-4, groups=32),
+    ],
+    "dragon": [
+        Method(lambda _: DRAGON(beta=2000.0), lr=4e-4),
+        Method(lambda _: DRAGON(beta=2000.0), lr=2e-4),
+        Method(lambda _: DRAGON(beta=4000.0), lr=4e-4),
+    ],
+    "dragon_exemplar": [_dragon("exemplar", 2000.0, 4e-4, 1), _dragon("exemplar", 2000.0, 2e-4, 1)],
+    "dragon_set": [_dragon("set", 2000.0, 4e-4, 4), _dragon("set", 2000.0, 2e-4, 4)],
+}
+"""Method -> its candidates, all written down before the first was run."""
+
+OWN_REWARD = ("dragon_exemplar", "dragon_set")
+"""Chosen and judged by a reward of their own."""
+
+
+def main() -> int:
+    """Runs what is missing of a phase and writes the report; a cell is run by a process of its own."""
+    arguments = parse()
+    out = Path(arguments.out)
+    if arguments.cell:
+        print(json.dumps(run_cell(out, json.loads(arguments.cell))))
+        return 0
+    if not arguments.report_only:
+        cells = [cell for cell in wanted(arguments) if cell not in done()]
+        run_cells(out, cells, arguments.jobs)
+    files.write_text(REPORT, as_markdown(files.read_jsonl(ROWS), list(SETTINGS), OWN_REWARD))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="folder of pictures and runs")
+    parser.add_argument("--phase", default="tune", choices=("tune", "test"))
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="methods")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
+    parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--cell", default=None, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells of the phase, in the order of the methods."""
+    cells = []
+    for method in arguments.only:
+        if arguments.phase == "tune":
+            cells += [cell("tune", method, setting, 0) for setting in range(len(SETTINGS[method]))]
+        else:
+            setting = chosen_setting(files.read_jsonl(ROWS), method, own=method in OWN_REWARD)
+            cells += [cell("test", method, setting, seed) for seed in range(TEST_SEEDS)]
+    return cells
+
+
+def cell(phase: str, method: str, setting: int, seed: int) -> dict[str, Any]:
+    """What names a cell."""
+    return {"phase": phase, "method": method, "setting": setting, "seed": seed}
+
+
+def done() -> list[dict[str, Any]]:
+    """The cells that have a row."""
+    rows = files.read_jsonl(ROWS) if ROWS.exists() else []
+    return [cell(row["phase"], row["method"], row["setting"], row["seed"]) for row in rows]
+
+
+def run_cells(out: Path, cells: list[dict[str, Any]], jobs: int) -> None:
+    """Runs the cells, `jobs` at a time, and appends a row for each that ends well."""
+    for phase, seed in sorted({(c["phase"], c["seed"]) for c in cells}):
+        prepare(out, phase, seed)
+    failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(spawn, out, c): c for c in cells}
+        for future in as_completed(waiting):
+            finished = future.result()
+            if finished is None:
+                failed += 1
+                continue
+            files.append_jsonl(ROWS, [finished])
+            print({name: finished[name] for name in ("phase", "method", "setting", "seed")}, flush=True)
+    if failed:
+        print(f"{failed} cells failed: see the logs in {out}", file=sys.stderr)
+
+
+def spawn(out: Path, which: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a cell that a process of its own ran on one thread; None when it failed."""
+    log = out / f"{name_of(which)}.log"
+    command = [sys.executable, __file__, "--out", str(out), "--cell", json.dumps(which)]
+    with open(log, "w", encoding="utf-8") as stream:
+        ended = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            check=False,
+        )
+    if ended.returncode != 0:
+        print(f"{name_of(which)} failed, see {log}", file=sys.stderr)
+        return None
+    row: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
+    return row
+
+
+def name_of(which: dict[str, Any]) -> str:
+    """The folder of a cell."""
+    return f"{which['phase']}-{which['method']}-{which['setting']}-seed{which['seed']}"
+
+
+def prompts_of(phase: str) -> list[str]:
+    """What models are compared on."""
+    if phase == "tune":
+        return walk.held_out_prompts(TUNING_PROMPTS, tuning=True)
+    return walk.held_out_prompts(TEST_PROMPTS)
+
+
+def prepare(out: Path, phase: str, seed: int) -> None:
+    """What several cells share: training pictures of the seed, base pictures and exemplars."""
+    out.mkdir(parents=True, exist_ok=True)
+    drafts = out / f"drafts-{seed}"
+    walk.draw_drafts(drafts / "pictures", walk.train_prompts(SIZE.train_prompts), SIZE, seed=seed)
+    walk.grade(drafts / "graded", drafts / "pictures")
+    for unit in ("pair", "list"):
+        walk.prefer(drafts / unit, drafts / "graded", unit=unit)
+    walk.draw_exemplars(out / "exemplars", walk.train_prompts(SIZE.exemplars))
+    base = graded(out / f"base-{phase}", prompts_of(phase), picture_seeds(), SIZE)
+    pair(images=str(base), out=str(out / f"base-{phase}-pairs"), by="scene", how="all_pairs")
+
+
+def picture_seeds() -> list[int]:
+    """Seeds of the pictures that models are compared on."""
+    return [900_000 + k for k in range(PICTURES)]
+
+
+def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
+    """Trains, draws, and compares with the base."""
+    method = SETTINGS[which["method"]][which["setting"]]
+    objective = method.make(out / "exemplars")
+    folder = out / name_of(which)
+    unit = "list" if objective.unit == "list" else "pair"
+    started = time.perf_counter()
+    with counted() as evaluations:
+        pairs = out / f"drafts-{which['seed']}" / unit
+        walk.align(folder / "run", objective, method, SIZE, seed=which["seed"], pairs=pairs)
+    seconds, peak = time.perf_counter() - started, getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    base = out / f"base-{which['phase']}-graded"
+    adapter = folder / "run" / "adapter"
+    aligned = graded(folder / "pictures", prompts_of(which["phase"]), picture_seeds(), SIZE, adapter=adapter)
+    report = walk.compare(folder / "report", base, aligned)
+    implicit = evaluate(
+        mode="implicit",
+        model=walk.base_model(),
+        adapter=str(adapter),
+        data=Preferences(path=str(out / f"base-{which['phase']}-pairs" / "preferences.jsonl")),
+        out=str(folder / "implicit"),
+    )
+    drafts = 0 if objective.on_policy else SIZE.train_prompts * SIZE.pictures
+    return {
+        **which,
+        "settings": settings_of(method, objective),
+        "win_rate": report["win_rate"],
+        "interval": report["interval"],
+        "parts": {name: report["rewards"]["scene"]["parts"][name] for name in KINDS},
+        "implicit": files.read_json(implicit)["accuracy"],
+        "drift": report["drift"],
+        "own_reward": own_reward(objective, out, which["phase"], folder / "pictures"),
+        "evaluations": {
+            **evaluations,
+            "drawing": evaluations["drawing"] + drafts * SIZE.draft_steps * 2,  # 2: with guidance
+        },
+        "seconds": seconds,
+        "peak_gb": peak,
+        "wins": wins(rows_of(base), rows_of(aligned), prompts_of(which["phase"])),
+    }
+
+
+def wins(base: Rows, aligned: Rows, prompts: list[str]) -> str:
+    """2, 1 or 0 for a win, tie or loss of each picture: prompt after prompt, PICTURES each."""
+    keys = [(prompt, seed) for prompt in prompts for seed in picture_seeds()]
+    signs = [np.sign(aligned[key]["share"] - base[key]["share"]) for key in keys]
+    return "".join(str(int(sign) + 1) for sign in signs)
+
+
+def settings_of(method: Method, objective: Objective) -> dict[str, Any]:
+    """What the setting sets, for people."""
+    known = resolved_recipe(train, {"objective": objective})["objective"]
+    shown = {name: value for name, value in known.items() if name not in ("name", "exemplars", "error_space")}
+    return {"lr": method.lr, "groups": method.groups, **shown}
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Evaluations of the network, one an image: learning (a backward pass counts as two) and drawing."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from diffalign.models._unet import UNetModel
+
+    counts = {"learning": 0, "drawing": 0}
+    forward, sample = UNet2DConditionModel.forward, UNetModel.sample
+    drawing = False
+
+    def counting_forward(self: Any, x_t: Any, *rest: Any, **options: Any) -> Any:
+        counts["drawing" if drawing else "learning"] += len(x_t) * (3 if torch.is_grad_enabled() else 1)
+        return forward(self, x_t, *rest, **options)
+
+    def counting_sample(self: Any, *rest: Any, **options: Any) -> Any:
+        nonlocal drawing
+        drawing = True
+        try:
+            return sample(self, *rest, **options)
+        finally:
+            drawing = False
+
+    UNet2DConditionModel.forward, UNetModel.sample = counting_forward, counting_sample
+    try:
+        yield counts
+    finally:
+        UNet2DConditionModel.forward, UNetModel.sample = forward, sample
+
+
+def own_reward(objective: Objective, out: Path, phase: str, aligned: Path) -> dict[str, Any] | None:
+    """What an exemplar or set reward says of base and aligned pictures, at equal n."""
+    if not isinstance(objective, DRAGON) or objective.reward == "instance":
+        return None
+    clip: Any = load_scorer("clip", path=str(embedded("tiny-clip")))
+    exemplars = clip.embed_images([Image.open(p) for p in sorted((out / "exemplars").glob("*.png"))])
+    sides = [features_of(folder, clip) for folder in (out / f"base-{phase}", aligned)]
+    (base, prompts), (theirs, same) = sides
+    assert prompts == same
+    if objective.reward == "exemplar":
+        reward = exemplar_reward(str(objective.measure), exemplars)
+        gain = reward(theirs) - reward(base)
+        value = bootstrap_interval(gain, clusters=prompts).as_dict()
+        return {"base": float(reward(base).mean()), "aligned": float(reward(theirs).mean()), "gain": value}
+    of = set_reward(str(objective.measure), exemplars)
+    return {
+        "base": float(of(base)),
+        "aligned": float(of(theirs)),
+        "gain": set_gain(of, base, theirs, prompts),
+    }
+
+
+def features_of(folder: Path, clip: Any) -> tuple[np.ndarray, list[str]]:
+    """Features `[n, d]` of the pictures of a folder, and their prompts."""
+    rows = files.read_jsonl(folder / "images.jsonl")
+    rows.sort(key=lambda row: (row["prompt"], row["seed"]))
+    features = clip.embed_images([Image.open(folder / row["image"]) for row in rows])
+    return features.double().numpy(), [row["prompt"] for row in rows]
+
+
+def set_gain(of: Any, base: np.ndarray, theirs: np.ndarray, prompts: list[str]) -> dict[str, Any]:
+    """Difference of a set's reward with its 95 % interval over resampled prompts (both sides alike)."""
+    rng = np.random.default_rng(0)
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    names = list(groups)
+    gains = []
+    for _ in range(1000):
+        rows = [i for k in rng.integers(0, len(names), len(names)) for i in groups[names[k]]]
+        gains.append(of(theirs[rows]) - of(base[rows]))
+    low, high = np.quantile(gains, [0.025, 0.975])
+    return {
+        "estimate": float(of(theirs) - of(base)),
+        "low": float(low),
+        "high": float(high),
+        "n": len(prompts),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The tables of the bake-off, from its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import reporting
+from comparison import KINDS, PICTURES, interval, signed
+
+from diffalign.common.statistics import bootstrap_interval
+
+MUST_BEAT_BASE = ("dpo", "mapo", "smpo", "rankdpo", "dragon")
+
+
+def chosen_setting(rows: list[dict[str, Any]], method: str, *, own: bool) -> int:
+    """The setting of a method that did best on the tuning prompts."""
+    tuned = [row for row in rows if row["phase"] == "tune" and row["method"] == method]
+    if not tuned:
+        raise SystemExit(f"{method} has no tuning rows: run --phase tune first")
+
+    def merit(row: dict[str, Any]) -> float:
+        return float(row["own_reward"]["gain"]["estimate"] if own else row["win_rate"])
+
+    return int(max(tuned, key=merit)["setting"])
+
+
+def as_markdown(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, ...]) -> str:
+    """Both tables, the settings tried, and the bars."""
+    lines = reporting.head(
+        "The objectives side by side, on the embedded world",
+        "python scripts/bakeoff.py --out runs/bakeoff --phase tune; ... --phase test",
+    )
+    hours = sum(row["seconds"] for row in rows) / 3600
+    lines += [
+        f"{len(rows)} cells, {hours:.1f} hours of one core for training alone. Rewards of training: the "
+        "exact grader; of dragon_exemplar and dragon_set: features of tiny-clip against exact drawings. An "
+        "evaluation of the network is one image through it once; a backward pass counts as two.",
+        "",
+    ]
+    tested = {name: [r for r in rows if r["phase"] == "test" and r["method"] == name] for name in methods}
+    tested = {name: found for name, found in tested.items() if found}
+    if tested:
+        lines += ["## On held-out prompts", "", *results_table(tested), "", *cost_table(tested), ""]
+        lines += reporting.bars(bars(tested, own))
+    return "\n".join(
+        [*lines, "## Settings, on the tuning prompts", "", *tuning_table(rows, methods, own), ""]
+    )
+
+
+def pooled_win_rate(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over all seeds; a prompt is one cluster across them. From the wins that the rows hold."""
+    values = [int(sign) / 2 for row in found for sign in row["wins"]]
+    clusters = [index // PICTURES for row in found for index in range(len(row["wins"]))]
+    return bootstrap_interval(values, clusters=clusters).as_dict()
+
+
+def results_table(tested: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What came out."""
+    lines = [
+        "| method | seeds | win rate | "
+        + " | ".join(KINDS)
+        + " | implicit accuracy | Vendi / base | own reward |",
+        "|---" * (len(KINDS) + 6) + "|",
+    ]
+    for name, found in tested.items():
+        parts = [
+            f"{100 * np.mean([r['parts'][k]['difference']['estimate'] for r in found]):+.1f}" for k in KINDS
+        ]
+        implicit = np.mean([r["implicit"]["estimate"] for r in found])
+        vendi = np.mean([r["drift"]["vendi"]["ratio"] for r in found])
+        own = "; ".join(signed(r["own_reward"]["gain"]) for r in found if r["own_reward"]) or "-"
+        cells = [
+            name,
+            str(len(found)),
+            interval(pooled_win_rate(found)),
+            *parts,
+            f"{implicit:.3f}",
+            f"{vendi:.3f}",
+            own,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def cost_table(tested: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What it took."""
+    lines = [
+        "| method | evaluations, learning | with drawing | seconds on one core | peak memory, GB | "
+        "drift (pixels, features) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in tested.items():
+        learning = np.mean([r["evaluations"]["learning"] for r in found])
+        drawing = np.mean([r["evaluations"]["drawing"] for r in found])
+        drift = [
+            np.mean([r["drift"][k]["estimate"] for r in found]) for k in ("pixel_rms", "embedding_distance")
+        ]
+        lines.append(
+            f"| {name} | {learning:,.0f} | {learning + drawing:,.0f} "
+            f"| {np.mean([r['seconds'] for r in found]):.0f} | {max(r['peak_gb'] for r in found):.2f} "
+            f"| {drift[0]:.3f}, {drift[1]:.3f} |"
+        )
+    return lines
+
+
+def tuning_table(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, ...]) -> list[str]:
+    """Every setting tried; the chosen one in bold."""
+    lines = ["| method | setting | win rate | accurate | own reward | seconds |", "|---|---|---|---|---|---|"]
+    for name in methods:
+        tuned = sorted(
+            (r for r in rows if r["phase"] == "tune" and r["method"] == name), key=lambda r: r["setting"]
+        )
+        best = chosen_setting(rows, name, own=name in own) if tuned else None
+        for row in tuned:
+            shown = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if value is not None)
+            mark = "**" if row["setting"] == best else ""
+            gain = signed(row["own_reward"]["gain"]) if row["own_reward"] else "-"
+            accurate = 100 * row["parts"]["accurate"]["difference"]["estimate"]
+            lines.append(
+                f"| {mark}{name}{mark} | {shown} | {row['win_rate']:.3f} | {accurate:+.1f} | {gain} "
+                f"| {row['seconds']:.0f} |"
+            )
+    return lines
+
+
+def bars(tested: dict[str, list[dict[str, Any]]], own: tuple[str, ...]) -> dict[str, bool]:
+    """What has to hold."""
+    checks = {}
+    for name in MUST_BEAT_BASE:
+        if name in tested:
+            checks[f"{name} beats the base: interval above one half"] = (
+                pooled_win_rate(tested[name])["low"] > 0.5
+            )
+    for name in own:
+        if name in tested:
+            gains = [r["own_reward"]["gain"] for r in tested[name]]
+            checks[f"{name} improves its own reward: interval clear of 0, every seed"] = all(
+                gain["low"] > 0 for gain in gains
+            )
+    return checks
