@@ -24,7 +24,7 @@ from diffalign.objectives._base import Output
 from diffalign.objectives.diffusion_dpo import Plugin as DPO
 from diffalign.training import loop
 from diffalign.training.checkpoint import Checkpoint, load_latest
-from diffalign.training.specs import OptimizerSpec, SampleSpec, ValidationSpec
+from diffalign.training.specs import OptimizerSpec, ReferenceSpec, SampleSpec, ValidationSpec
 from tests.tiny_training import make_run, make_set
 
 
@@ -299,3 +299,24 @@ def test_watching_changes_nothing(
     )
     # A run that was killed between its last checkpoint and its manifest still knows what it measured.
     assert loop.fit(make_run(model, train_set, tmp_path, **watched)) == summary
+
+
+def test_a_refreshed_reference_is_kept_in_the_checkpoint(tiny_sdxl: str, tmp_path: Path) -> None:
+    """Refreshed after steps 2, 4 and 6; stopped after 5, between two refreshes."""
+    model: Any = SDXL(path=tiny_sdxl).load()
+    model.start_training(AdapterSpec(rank=2), seed=0, with_reference=True, moving_reference=True)
+    data = make_set(model, 7)
+    start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    reference = {name: tensor.clone() for name, tensor in model.reference_state().items()}
+    settings = {"reference": ReferenceSpec(mode="refresh", every=2), "log_every": 1, "num_steps": 7}
+    loop.fit(make_run(model, data, tmp_path / "whole", **settings))
+    whole = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    for steps in (5, 7):
+        model.load_trained_state(start)
+        model.load_reference_state(reference)
+        loop.fit(make_run(model, data, tmp_path / "parts", **{**settings, "num_steps": steps}))
+    assert same(model.trained_state(), whole)
+    rows = files.read_jsonl(tmp_path / "parts" / "metrics.jsonl")
+    assert rows == files.read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    exact = [row["step"] for row in rows if row["margin_abs_max"] == 0.0]
+    assert exact == [1, 3, 5, 7]  # the first step after each refresh starts where the policy is
