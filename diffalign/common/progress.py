@@ -13,6 +13,15 @@ from tqdm import tqdm
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+_silent = False
+
+
+def silence() -> None:
+    """From now on this process shows nothing: of several that do the same, one speaks."""
+    global _silent
+    _silent = True
+
+
 class Progress:
     """A count that a person can follow, as a context manager.
 
@@ -40,7 +49,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent:
             sized = _has_size()
             self._bar = tqdm(
                 desc=self.label,
@@ -78,7 +87,8 @@ class Progress:
     def _print_line(self, now: float) -> None:
         self._printed_at = now
         self._printed_count = self.count
-        print(self.line(now - self._started), file=sys.stderr, flush=True)
+        if not _silent:
+            print(self.line(now - self._started), file=sys.stderr, flush=True)
 
     def line(self, elapsed: float) -> str:
         """Returns the state as one plain line, `elapsed` seconds after the start."""
@@ -99,6 +109,8 @@ class Progress:
 
 def say(text: str) -> None:
     """Prints a line to stderr without breaking a bar that is on the screen."""
+    if _silent:
+        return
     if sys.stderr.isatty():
         tqdm.write(text, file=sys.stderr)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from diffalign.common.config import make_many, make_one
 from diffalign.common.errors import UserError
@@ -24,7 +24,7 @@ class Examples(Protocol):
     """Where a run's micro-batches come from, before any of them is made."""
 
     def inputs(self) -> dict[str, Path | str]:
-        """What the manifest names as input."""
+        """What the manifest names as input, and what must be equal for a run to go on; after `prepare`."""
         ...
 
     def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
@@ -102,6 +102,7 @@ class OwnPictures:
         self, objective: Objective, settings: Settings, prompts: str | list[str] | None, scorers: Any
     ) -> None:
         from diffalign.data.prompts import load_prompts, prompt_file
+        from diffalign.training.judge import check_reward
 
         name = plugin_name(objective)
         if prompts is None:
@@ -113,14 +114,16 @@ class OwnPictures:
             )
         self._objective, self._settings = objective, settings
         (self._scorer,) = named.values()
+        check_reward(cast(Any, objective), self._scorer)
         self._prompts = load_prompts(prompts, limit=settings.limit)
         self._file = prompt_file(prompts) if isinstance(prompts, str) else None
         self._rollout: Any = None
 
     def inputs(self) -> dict[str, Path | str]:
-        """Prompts and exemplars, where they are files; the scorer's version."""
+        """The scorer's version; prompts and exemplars, where they are files."""
         exemplars = getattr(self._objective, "exemplars", None)
         return {
+            "scorer": f"{plugin_name(self._scorer)} {self._scorer.scale} {self._scorer.version}",
             **({} if self._file is None else {"prompts": self._file}),
             **({} if exemplars is None else {"exemplars": Path(exemplars)}),
         }

@@ -125,18 +125,21 @@ def _train(
     folder: Path,
 ) -> dict[str, Any]:
     """Prepares, runs and closes a run that is not complete yet."""
-    from diffalign.common import manifest
+    from diffalign.common import manifest, progress
     from diffalign.training import loop
     from diffalign.training.card import model_card
     from diffalign.training.setup import accelerator_for
 
     accelerator = accelerator_for(settings.precision)
+    if not accelerator.is_main_process:
+        progress.silence()
+    accelerator.wait_for_everyone()  # all have looked at the folder before one of them locks it
     model: Model = spec.load(str(accelerator.device))
     base = model.fingerprint()
     settings.timesteps.check(model.process.num_timesteps)
     model.check_training(settings.adapter)
-    inputs = examples.inputs()
     feed, heldout = examples.prepare(model, accelerator)
+    inputs = examples.inputs()
     watch = _set_up(model, objective, settings, heldout, folder, accelerator)
     with _claimed(folder, accelerator) as is_main:
         identity = _folder.claim(folder, recipe, base, settings.adapter.init, inputs, write=is_main)

@@ -42,19 +42,18 @@ class Health:
         """Takes the gradient norm of one optimizer step, before clipping."""
         self._grad_norms.append(norm)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was taken since the last report."""
-        return not self._rows
-
     def report(
-        self, gather: Callable[[Tensor], Tensor] = lambda values: values
+        self, gather: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda rows: rows
     ) -> dict[str, float | dict[str, dict[str, float]]]:
         """Means since the last report, overall and by timestep range ("0-249": {...}); empties the store.
 
-        `gather` brings in the rows of other processes.
+        Nothing when there was nothing. `gather` brings in the rows of other processes, which may have none.
         """
-        rows = {name: gather(torch.cat(values)).cpu().double() for name, values in self._rows.items()}
+        own = {name: torch.cat(values).cpu().double() for name, values in self._rows.items()}
+        self._rows = {}
+        rows = gather(own)
+        if not rows:
+            return {}
         result: dict[str, float | dict[str, dict[str, float]]] = {}
         result.update(_summary(rows))
         if self._grad_norms:
@@ -62,7 +61,7 @@ class Health:
             result["grad_norm_max"] = max(self._grad_norms)
         if "t" in rows:
             result["by_timestep"] = self._by_timestep(rows)
-        self._rows, self._grad_norms = {}, []
+        self._grad_norms = []
         return result
 
     def _by_timestep(self, rows: dict[str, Tensor]) -> dict[str, dict[str, float]]:

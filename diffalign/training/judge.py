@@ -36,38 +36,58 @@ class Chooser(Protocol):
         ...
 
 
+def check_reward(objective: Chooser, scorer: Any) -> None:
+    """Refuses, before anything is loaded, a scorer or exemplars that the reward cannot use.
+
+    Raises:
+        UserError: no features where the reward is of exemplars or sets, or exemplars that are too few.
+    """
+    if objective.reward == "instance":
+        return
+    name = plugin_name(scorer)
+    if not hasattr(scorer, "embed_images"):
+        raise UserError(
+            f"objective.reward={objective.reward} needs features, and scorer {name} has none: use one that "
+            "embeds pictures, e.g. clip"
+        )
+    if not objective.needs_exemplars:
+        return
+    pictures, texts = _exemplars(str(objective.exemplars))
+    if texts and not hasattr(scorer, "embed_texts"):
+        raise UserError(
+            f"objective.exemplars={objective.exemplars} holds texts, and scorer {name} reads pictures only: "
+            "give a folder of pictures"
+        )
+    if len(pictures) + len(texts) < 2:
+        what = "texts" if texts else "pictures"
+        raise UserError(
+            f"objective.exemplars={objective.exemplars} holds {len(pictures) + len(texts)} {what}: give 2 or "
+            "more"
+        )
+
+
 class Judge:
     """Rewards of the pictures of a rollout.
 
     `look` sees this process's pictures; what it gives is gathered and goes to `targets`.
 
     Args:
-        objective: says which reward.
+        objective: says which reward; `check_reward` has passed it.
         scorer: gives values, or features where the reward is of exemplars or sets; loaded.
         batch_size: exemplars embedded at once.
-
-    Raises:
-        UserError: the scorer cannot give what the reward needs, or the exemplars cannot be read.
     """
 
     def __init__(self, objective: Chooser, scorer: Any, *, batch_size: int = 32) -> None:
+        from diffalign.scorers._set_rewards import exemplar_reward, set_reward
+
         self._objective, self._scorer = objective, scorer
         self._set_reward: Any = None
         self._exemplar_reward: Any = None
-        name = plugin_name(scorer)
         if objective.reward == "instance":
             return
-        if not hasattr(scorer, "embed_images"):
-            raise UserError(
-                f"objective.reward={objective.reward} needs features, and scorer {name} has none: use one "
-                "that embeds pictures, e.g. clip"
-            )
         exemplars = None
         if objective.needs_exemplars:
-            assert objective.exemplars is not None
-            exemplars = _embed_exemplars(objective.exemplars, scorer, batch_size)
-        from diffalign.scorers._set_rewards import exemplar_reward, set_reward
-
+            exemplars = _embed(*_exemplars(str(objective.exemplars)), scorer, batch_size)
         if objective.reward == "set":
             self._set_reward = set_reward(str(objective.measure), exemplars)
         else:
@@ -107,33 +127,23 @@ class Judge:
         return targets, {"reward": (of(seen_a) + of(seen_b)) / 2.0, "reward_chosen": of(chosen)}
 
 
-def _embed_exemplars(source: str, scorer: Any, batch_size: int) -> Tensor:
-    """Features `[m, d]` float64 of the pictures of a folder, or of the texts of a file."""
+def _exemplars(source: str) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder, or the texts of a file."""
     path = Path(source)
     if path.is_dir():
-        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        rows = [
-            scorer.embed_images([ImageRef(path=p).open() for p in pictures[start : start + batch_size]])
-            for start in range(0, len(pictures), batch_size)
-        ]
-        what = "pictures"
-    elif path.is_file():
-        if not hasattr(scorer, "embed_texts"):
-            raise UserError(
-                f"objective.exemplars={source} holds texts, and scorer {plugin_name(scorer)} reads pictures "
-                "only: give a folder of pictures"
-            )
-        texts = [prompt.text for prompt in load_prompts(source)]
-        rows = [
-            scorer.embed_texts(texts[start : start + batch_size])
-            for start in range(0, len(texts), batch_size)
-        ]
-        what = "texts"
-    else:
-        raise UserError(
-            f"objective.exemplars={source} does not exist: give a folder of pictures or a text file"
-        )
-    count = sum(len(row) for row in rows)
-    if count < 2:
-        raise UserError(f"objective.exemplars={source} holds {count} {what}: give 2 or more")
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), []
+    if path.is_file():
+        return [], [prompt.text for prompt in load_prompts(source)]
+    raise UserError(f"objective.exemplars={source} does not exist: give a folder of pictures or a text file")
+
+
+def _embed(pictures: list[Path], texts: list[str], scorer: Any, batch_size: int) -> Tensor:
+    """Features `[m, d]` float64."""
+    rows = [
+        scorer.embed_images([ImageRef(path=p).open() for p in pictures[start : start + batch_size]])
+        for start in range(0, len(pictures), batch_size)
+    ]
+    rows += [
+        scorer.embed_texts(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)
+    ]
     return torch.cat(rows).double()

@@ -311,14 +311,11 @@ def _set_learning_rate(adamw: Any, lr: float) -> None:
 
 def _log(run: Run, state: _State, log: MetricsLog) -> None:
     """Writes the health of the steps since the last row, if there were any."""
-    if state.health.is_empty:
+    report = state.health.report(run.ranks.gather_rows)
+    if not report:
         return
     rate = learning_rate(run.settings.optimizer, state.step - 1, run.settings.num_steps)
-    row = {
-        **state.health.report(run.ranks.gather),
-        "lr": rate,
-        "skipped_steps": state.counters["skipped_steps"],
-    }
+    row = {**report, "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
     log.write("train", state.step, row)
 
 

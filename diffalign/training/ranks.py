@@ -48,6 +48,14 @@ class Ranks:
             return values
         return torch.cat(gather_object([values.cpu()])).to(values.device)
 
+    def gather_rows(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Columns `[n]` by name, of all processes one after another; one that has none adds nothing."""
+        if self.count == 1:
+            return rows
+        found: list[dict[str, Tensor]] = gather_object([rows])
+        names = dict.fromkeys(name for columns in found for name in columns)
+        return {name: torch.cat([columns[name] for columns in found if name in columns]) for name in names}
+
     def total(self, value: float) -> float:
         """The sum of every process's number."""
         return value if self.count == 1 else float(sum(gather_object([value])))

@@ -21,7 +21,7 @@ from diffalign.objectives.dragon import Plugin as Dragon
 from diffalign.scorers._base import Scorer, Scores
 from diffalign.training import loop
 from diffalign.training.checkpoint import load_latest
-from diffalign.training.judge import Judge
+from diffalign.training.judge import Judge, check_reward
 from diffalign.training.ranks import Ranks
 from diffalign.training.rollout import Rollout, embed_prompts
 from diffalign.training.setup import accelerator_for
@@ -181,15 +181,15 @@ def test_a_step_without_a_decided_pair_is_counted_and_changes_nothing(model: Any
 
 def test_what_a_reward_cannot_use_is_refused(model: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reward=set needs features, and scorer .* has none"):
-        Judge(Dragon(reward="set", measure="vendi"), Brightness())
+        check_reward(Dragon(reward="set", measure="vendi"), Brightness())
     with pytest.raises(UserError, match=r"exemplars=.*nowhere does not exist"):
-        Judge(Dragon(reward="set", exemplars=str(tmp_path / "nowhere")), Embedding())
+        check_reward(Dragon(reward="set", exemplars=str(tmp_path / "nowhere")), Embedding())
     (tmp_path / "one.txt").write_text("a cat\n")
     with pytest.raises(UserError, match=r"one\.txt holds texts, and scorer .* reads pictures only"):
-        Judge(Dragon(reward="set", exemplars=str(tmp_path / "one.txt")), Embedding())
+        check_reward(Dragon(reward="set", exemplars=str(tmp_path / "one.txt")), Embedding())
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none holds 0 pictures: give 2 or more"):
-        Judge(Dragon(reward="set", exemplars=str(tmp_path / "none")), Embedding())
+        check_reward(Dragon(reward="set", exemplars=str(tmp_path / "none")), Embedding())
     with pytest.raises(UserError, match="resolution=33: use a multiple of"):
         embed_prompts(model, PROMPTS, 33)
 
