@@ -11,6 +11,7 @@ the same step, and the first one writes the files.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 
 from diffalign.common import files
 from diffalign.common.draws import seed_of
-from diffalign.common.errors import UserError
+from diffalign.common.errors import Interrupted, UserError
 from diffalign.common.interrupts import StopRequest
 from diffalign.common.progress import Progress, say
 from diffalign.data.batches import Batch
@@ -135,6 +136,8 @@ def _steps(run: Run, state: _State, log: MetricsLog) -> None:
     if stopping and state.saved:
         say(f"saved step {state.step} in {run.out}; the same command goes on from there")
     stop.raise_if_requested()
+    if stopping:  # another process was asked
+        raise Interrupted(signal.SIGTERM)
 
 
 def learning_rate(spec: OptimizerSpec, step: int, num_steps: int) -> float:
