@@ -81,20 +81,23 @@ def _resolved(path: str, words: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"--config {path}: {brief(error)}") from error
     if not isinstance(tree, DictConfig) or not OmegaConf.is_list(tree.get("steps")) or not tree.steps:
         raise UserError(f"{path} has no steps: name a verb before --config, or list verbs under 'steps'")
-    given = tree.setdefault("given", {})
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"'{word}' is no key=value")
-        if key not in given:
-            raise unknown(f"key of {path}", key, list(given))
-        given[key] = yaml.safe_load(value) if value.startswith(("[", "{")) else value
-    missing = [f"{key}=..." for key, value in given.items() if value is None]
-    if missing:
-        raise UserError(f"{path} needs {' '.join(missing)}")
     try:
+        given = OmegaConf.to_container(tree.get("given") or OmegaConf.create({}), resolve=False)
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: given is not a mapping: write 'given: {{key: value}}'")
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals:
+                raise UserError(f"'{word}' is no key=value")
+            if key not in given:
+                raise unknown(f"key of {path}", key, list(map(str, given)))
+            given[key] = yaml.safe_load(value) if value.startswith(("[", "{")) else value
+        missing = [f"{key!s}=..." for key, value in given.items() if value is None]
+        if missing:
+            raise UserError(f"{path} needs {' '.join(missing)}")
+        tree.given = given
         content = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{path}: {brief(error)}") from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}

@@ -174,6 +174,11 @@ def encode(groups: Iterable[Group], encoder: Encoder, spec: PreprocessSpec, *, s
     )
 
 
+def encode_prompts(prompts: list[str], encoder: Encoder, spec: PreprocessSpec) -> Conditioning:
+    """One row a prompt, on the CPU. UserError beyond the memory limit."""
+    return _encode_prompts(prompts, encoder, _Store(encoder, spec))
+
+
 def _encode_prompts(prompts: list[str], encoder: Encoder, store: _Store) -> Conditioning:
     encoder.say_too_long(prompts)
     parts = []

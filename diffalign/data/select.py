@@ -151,6 +151,7 @@ class UsableGroups:
         unit: one of UNITS. A pair gives the preferred image as a single one, and a list of two.
         undesirable: with unit "single", the images that are not preferred are groups too.
         reject: says why an objective has no use for a record, None when it has.
+        unlabelled: take pairs without a label too, with target 0.5.
         ties: `drop` leaves pairs with target 0.5 out, `soft` yields them with target 0.5. Other soft
             targets (0.7 from votes) are no ties and are yielded as they are.
         max_bad_share: refuse beyond this share of bad rows.
@@ -166,6 +167,7 @@ class UsableGroups:
         unit: str = "pair",
         undesirable: bool = False,
         reject: Callable[[Record], str | None] | None = None,
+        unlabelled: bool = False,
         ties: str = "drop",
         max_bad_share: float = 0.05,
         limit: int | None = None,
@@ -181,6 +183,7 @@ class UsableGroups:
         self._unit = unit
         self._undesirable = undesirable
         self._reject = reject
+        self._unlabelled = unlabelled
         self._ties = ties
         self._max_bad_share = max_bad_share
         self._limit = limit
@@ -252,6 +255,8 @@ class UsableGroups:
             target = record.pair_target()
         except BadLabel as error:
             raise _Dropped("bad_label") from error
+        if target is None and self._unlabelled:
+            return 0.5
         if target is None:
             raise _Dropped("unlabelled")
         if target == 0.5 and self._ties == "drop":

@@ -21,7 +21,7 @@ class PreprocessSpec:
             picture's own size and crop, for SFT only: in a preference pair it would let the size give the
             label away.
         batch_size: pictures encoded at once.
-        memory_limit_gb: refuse to keep more than this in memory.
+        memory_limit_gb: refuse to keep more than this in memory; each process keeps all of the data.
     """
 
     resolution: int | None = None

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from diffalign.common.config import One, make_one, resolved_recipe
+from diffalign.common.config import resolved_recipe
 from diffalign.common.errors import UserError, unknown
-from diffalign.common.plugins import plugin_name
 
 EMBEDDED = ("tiny-sdxl", "tiny-clip")
 
@@ -41,7 +40,7 @@ def demo(
     *,
     out: str | None = None,
     quick: bool = False,
-    objective: Annotated[Any, One("objectives")] = None,
+    objective: str = "dpo",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Returns the report: win rate with its interval, accuracy of base and aligned, differences by kind of
@@ -51,25 +50,22 @@ def demo(
         out: folder of the demo; every stage leaves its files in it. null: diffalign-demo below the current
             one, diffalign-demo-quick for the quick one.
         quick: a smaller walk, for a first look and for tests.
-        objective: what is trained, Diffusion-DPO when null; named without keys of its own, with those
-            that were chosen for the tiny model.
+        objective: what is trained, by name alone: dpo, sft, mapo, smpo, rankdpo, kto, dragon,
+            dragon_exemplar or dragon_set, with the settings chosen for the tiny model.
         seed: of pictures and training; the prompts are the same in every demo.
     """
     recipe = resolved_recipe(demo, locals())
-    from diffalign.demo.methods import METHODS, method_for
+    from diffalign.demo.methods import ALIASES, METHODS
     from diffalign.demo.walk import QUICK, WHOLE, walk
 
-    chosen = None if objective is None else make_one("objectives", objective)
-    method = METHODS["dpo"] if chosen is None else method_for(chosen)
-    folder = Path(out or _folder(chosen, quick))
-    return walk(folder, QUICK if quick else WHOLE, method=method, seed=seed, recipe=recipe)
+    name = ALIASES.get(objective, objective)
+    if name not in METHODS:
+        raise unknown("objective of the demo", objective, METHODS)
+    folder = Path(out or _folder(name, quick))
+    return walk(folder, QUICK if quick else WHOLE, method=METHODS[name], seed=seed, recipe=recipe)
 
 
-def _folder(objective: Any, quick: bool) -> str:
+def _folder(objective: str, quick: bool) -> str:
     """Where a demo goes that is not told: each objective has a folder of its own."""
-    words = [
-        "diffalign-demo",
-        *([] if objective is None else [plugin_name(objective)]),
-        *(["quick"] if quick else []),
-    ]
+    words = ["diffalign-demo", *([] if objective == "dpo" else [objective]), *(["quick"] if quick else [])]
     return "-".join(words)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.common.errors import UserError, unknown
-from diffalign.common.plugins import plugin_name
 from diffalign.demo import embedded
 from diffalign.objectives._base import Objective
 from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
@@ -64,25 +62,7 @@ METHODS = {
         rollout_steps=4,
     ),
 }
-"""By the objective's short name; dragon by its reward too."""
+"""By the name that `diffalign demo objective=NAME` takes."""
 
-
-def method_for(objective: Objective) -> Method:
-    """The method of an objective: a bare name (all its keys at their defaults) takes the settings above, one
-    with keys of its own keeps these and takes the learning rate.
-    """
-    name = plugin_name(objective)
-    key = SHORT.get(name, name)
-    if isinstance(objective, DRAGON) and objective.reward != "instance":
-        key = f"dragon_{objective.reward}"
-    if key not in METHODS:
-        raise unknown("objective of the demo", name, METHODS)
-    try:
-        bare = objective == type(objective)()
-    except (TypeError, UserError):  # it has keys without a default
-        bare = False
-    return METHODS[key] if bare else replace(METHODS[key], make=lambda _: objective)
-
-
-SHORT = {"diffusion_dpo": "dpo"}
-"""Module name -> short name."""
+ALIASES = {"diffusion_dpo": "dpo"}
+"""Other names."""

@@ -45,6 +45,7 @@ class Objective:
         uses_reference: whether the reference policy is asked.
         noise: "shared": one noise for all images of a group; "independent": one for each.
         undesirable: whether single images that are not preferred are examples too.
+        needs_labels: whether a pair without a label is of no use.
         on_policy: whether the policy draws its own images while it is trained.
     """
 
@@ -52,6 +53,7 @@ class Objective:
     uses_reference: ClassVar[bool] = True
     noise: Literal["shared", "independent"] = "shared"
     undesirable: ClassVar[bool] = False
+    needs_labels: bool = True
     on_policy: ClassVar[bool] = False
 
     def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:

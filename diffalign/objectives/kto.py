@@ -196,7 +196,7 @@ class Plugin(Objective):
             assert terms.ref_err is not None
             ref_errs[id(draws)] = (batch, draws, terms.ref_err)
             gains.append(terms.ref_err - terms.err)
-        gain = gather(torch.cat(gains))
+        gain = gather(torch.cat(gains) if gains else torch.zeros(0))
         # A NaN stays with its image, whose own loss names it to the loop, and does not reach the others.
         finite = gain[gain.isfinite()].to(exact_dtype(gain.device))
         mean_gain = finite.mean() if len(finite) else finite.new_zeros(())

@@ -130,6 +130,11 @@ class Plugin(Objective):
 
     unit: ClassVar[Literal["pair", "list", "single"]] = "pair"
 
+    @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        """Only where the label says which image wins."""
+        return self.order == "label"
+
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
         require_positive("gamma", self.gamma)

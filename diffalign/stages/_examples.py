@@ -54,6 +54,7 @@ class GivenPictures:
             undesirable=objective.undesirable,
             reject=objective.reject,
             limit=settings.limit,
+            unlabelled=not objective.needs_labels,
         )
 
     def inputs(self) -> dict[str, Path | str]:
@@ -103,6 +104,7 @@ class OwnPictures:
     ) -> None:
         from diffalign.data.prompts import load_prompts, prompt_file
         from diffalign.training.judge import check_reward
+        from diffalign.training.rollout import check_rollout
 
         name = plugin_name(objective)
         if prompts is None:
@@ -115,9 +117,9 @@ class OwnPictures:
         self._objective, self._settings = objective, settings
         (self._scorer,) = named.values()
         check_reward(cast(Any, objective), self._scorer)
+        check_rollout(objective, settings)
         self._prompts = load_prompts(prompts, limit=settings.limit)
         self._file = prompt_file(prompts) if isinstance(prompts, str) else None
-        self._rollout: Any = None
 
     def inputs(self) -> dict[str, Path | str]:
         """The scorer's version; prompts and exemplars, where they are files."""
@@ -139,8 +141,8 @@ class OwnPictures:
             model.check_scheduler(spec.scheduler, spec.num_inference_steps)
         objective: Any = self._objective
         judge = Judge(objective, self._scorer.load(str(accelerator.device)), batch_size=spec.batch_size)
-        texts = embed_prompts(model, self._prompts, self._settings.preprocess.resolution)
-        self._rollout = Rollout(
+        texts = embed_prompts(model, self._prompts, self._settings.preprocess)
+        feed = Rollout(
             model,
             self._objective,
             judge,
@@ -150,7 +152,7 @@ class OwnPictures:
             Ranks(accelerator),
             accelerator.autocast,
         )
-        return self._rollout, None
+        return feed, None
 
     def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """How many prompts there were; what was drawn stands in metrics.jsonl."""

@@ -96,7 +96,7 @@ def train(
         accumulation: micro-batches of `loader.batch_size` groups in one optimizer step.
         precision: of the forward and backward pass; errors and losses are float32 in any case.
         log_every: optimizer steps between two lines of metrics.
-        limit: use so many pairs only.
+        limit: use so many records only, or so many prompts.
         seed: of every draw.
     """
     recipe = resolved_recipe(train, locals())
@@ -110,7 +110,8 @@ def train(
         _refuse_given(objective, data=data)
         examples = OwnPictures(objective, settings, prompts, scorers)
     else:
-        _refuse_given(objective, prompts=prompts, scorers=scorers)
+        changed = None if rollout == RolloutSpec() else rollout
+        _refuse_given(objective, prompts=prompts, scorers=scorers, rollout=changed)
         examples = GivenPictures(objective, settings, data)
     finished = _folder.finished(Path(out), recipe)
     return finished or _train(model, examples, objective, settings, recipe, Path(out))

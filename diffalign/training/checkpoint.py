@@ -29,7 +29,7 @@ class Checkpoint:
         step: optimizer steps done.
         position: micro-batches consumed.
         trained: the tensors that training changes.
-        state: optimizer, schedule, gradient scaler, objective and counters.
+        state: optimizer, gradient scaler, objective, feed, moving reference and counters.
     """
 
     step: int

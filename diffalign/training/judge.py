@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,11 +59,12 @@ def check_reward(objective: Chooser, scorer: Any) -> None:
             f"objective.exemplars={objective.exemplars} holds texts, and scorer {name} reads pictures only: "
             "give a folder of pictures"
         )
-    if len(pictures) + len(texts) < 2:
+    least = 4 if objective.measure in ("precision", "recall") else 2  # three neighbours of each
+    if len(pictures) + len(texts) < least:
         what = "texts" if texts else "pictures"
         raise UserError(
-            f"objective.exemplars={objective.exemplars} holds {len(pictures) + len(texts)} {what}: give 2 or "
-            "more"
+            f"objective.exemplars={objective.exemplars} holds {len(pictures) + len(texts)} {what}: give "
+            f"{least} or more"
         )
 
 
@@ -93,16 +95,28 @@ class Judge:
         else:
             self._exemplar_reward = exemplar_reward(str(objective.measure), exemplars)
 
-    def look(
-        self, pictures: list[Any], prompts: list[str], contexts: Sequence[Mapping[str, Any]] | None = None
-    ) -> Tensor:
-        """`[B]` rewards, higher being better, or `[B, d]` features where the reward is of a set; float64."""
+    def look(self, pictures: list[Any], prompts: list[str], contexts: Sequence[Any]) -> Tensor:
+        """`[B]` rewards, higher being better, or `[B, d]` features where the reward is of a set; float64.
+
+        `contexts` are those of the prompts, None where a prompt has none; most scorers need none.
+
+        Raises:
+            UserError: the scorer has no value for a picture; names its prompt.
+        """
         if self._set_reward is not None:
             features: Tensor = self._scorer.embed_images(pictures)
             return features.double()
         if self._exemplar_reward is not None:
             return torch.as_tensor(self._exemplar_reward(self._scorer.embed_images(pictures))).double()
-        values: Tensor = self._scorer(pictures, prompts, context=contexts).double().cpu()
+        needed = contexts if "context" in self._scorer.needs else None
+        scores = self._scorer.score(pictures, prompts, context=needed)
+        values: Tensor = scores.values.double().cpu()
+        for value, prompt, error in zip(values.tolist(), prompts, scores.errors, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"scorer {plugin_name(self._scorer)} gives {value} for a picture of {prompt!r}"
+                    f"{f' ({error})' if error else ''}: leave the prompt out, or use another scorer"
+                )
         return values if self._scorer.higher_is_better else -values
 
     def targets(

@@ -1,8 +1,9 @@
 """One loop for every objective: draw, compute, check, step, report, keep.
 
 The loop asks an objective for a loss a group and never which objective it is. Nothing random is left to
-chance: data order, timesteps and noise are keyed, and the global stream (dropout) is seeded from (seed, step)
-before each step, so a run that is killed and resumed computes the very same numbers as one that was not.
+chance: data order, timesteps and noise are keyed, and the global stream (dropout) is seeded from (seed, step,
+process) before each step, so a run that is killed and resumed computes the very same numbers as one that was
+not.
 
 With several processes each takes its share of the micro-batches, gradients are summed, every process makes
 the same step, and the first one writes the files.
@@ -88,7 +89,12 @@ class _State:
     saved: int = 0
     position: int = 0
     counters: dict[str, int] = field(
-        default_factory=lambda: {"skipped_steps": 0, "skips_in_a_row": 0, "empty_steps": 0}
+        default_factory=lambda: {
+            "skipped_steps": 0,
+            "skips_in_a_row": 0,
+            "empty_steps": 0,
+            "empty_in_a_row": 0,
+        }
     )
 
 
@@ -171,6 +177,7 @@ def _start(run: Run) -> _State:
         checkpoints.tidy(run.out)
     run.ranks.wait()
     found = checkpoints.load_latest(run.out, identity=run.identity)
+    _refuse_disagreement(run, 0 if found is None else found.step)
     if found is None:
         return state
     run.model.load_trained_state(found.trained)
@@ -185,6 +192,16 @@ def _start(run: Run) -> _State:
     state.position, state.counters = found.position, dict(found.state["counters"])
     say(f"going on from step {found.step} of {run.settings.num_steps}")
     return state
+
+
+def _refuse_disagreement(run: Run, step: int) -> None:
+    """Refuses processes that would go on from different checkpoints."""
+    steps = run.ranks.gather(torch.tensor([step])).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes find different checkpoints in {run.out} (steps {steps}): out= must be one folder "
+            "that all of them see"
+        )
 
 
 def _save(run: Run, state: _State) -> None:
@@ -225,13 +242,14 @@ def _timed_step(
     micro = [item for _ in range(run.settings.accumulation) for item in next(incoming)]
     state.position += run.settings.accumulation * run.ranks.count
     for row in run.feed.news():
-        log.write("rollout", state.step, row)
+        log.write("rollout", state.step + 1, row)
     num_groups = run.ranks.total(sum(batch.num_groups for batch, _ in micro))
     if num_groups:
         loss = _optimizer_step(run, state, micro, num_groups)
+        state.counters["empty_in_a_row"] = 0
     else:
         loss = math.nan
-        state.counters["empty_steps"] += 1
+        _count_empty(state)
     state.step += 1
     _update_reference(run, state.step)
     return loss, num_groups / (time.perf_counter() - started)
@@ -242,19 +260,37 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]], n
     denoiser, objective, ranks = run.model.denoiser, run.objective, run.ranks
     with run.accelerator.autocast():
         shared = objective.prepare(denoiser, micro, ranks.gather)
-    total = 0.0
+    total, failure = 0.0, None
     for index, (batch, draws) in enumerate(micro):
         with run.accelerator.autocast():
             output = objective.compute(denoiser, batch, draws, shared)
-        total += _finite_sum(output.loss, batch, draws, state.step)
+        try:
+            total += _finite_sum(output.loss, batch, draws, state.step)
+        except NonFiniteLoss as error:
+            failure = error
+            break
         objective.backward(output, 1.0 / num_groups, run.accelerator.backward)
         state.health.add(output.loss, output.logs)
         if state.step == index == 0:
             _say_step_zero(objective, output)
+    ranks.fail_together(failure)
+    if run.accelerator.scaler is not None and not micro:  # it must have seen a loss before it can unscale
+        run.accelerator.scaler.scale(torch.zeros((), device=run.accelerator.device))
     ranks.sum_gradients(state.parameters)
     norm = run.accelerator.clip_grad_norm_(state.parameters, run.settings.optimizer.max_grad_norm or math.inf)
     _step_unless_non_finite(run, state, float(norm))
     return ranks.total(total) / num_groups
+
+
+def _count_empty(state: _State) -> None:
+    """A step in which nothing was to be learned; too many in a row are no training."""
+    state.counters["empty_steps"] += 1
+    state.counters["empty_in_a_row"] += 1
+    if state.counters["empty_in_a_row"] > MAX_SKIPS_IN_A_ROW:
+        raise UserError(
+            f"{state.counters['empty_in_a_row']} steps in a row had no pair of which one picture is better: "
+            "the reward does not tell them apart; use another scorer or a larger loader.batch_size"
+        )
 
 
 def _update_reference(run: Run, step: int) -> None:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from diffalign.common.errors import UserError
+
 BUCKET_ELEMENTS = 2**25
 """Numbers sent at once: enough to fill a network, little beside a model."""
 
@@ -63,6 +65,11 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process."""
         return flag if self.count == 1 else any(gather_object([flag]))
+
+    def fail_together(self, failure: Exception | None) -> None:
+        """Raises `failure`, or that another process has one: none is left waiting for the others."""
+        if self.any(failure is not None):
+            raise failure or UserError("another process has stopped with an error: see its message")
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -18,9 +18,10 @@ from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet, Example
+from diffalign.data.cache import EncodedSet, Example, encode_prompts
 from diffalign.data.loader import Plan, assemble
 from diffalign.data.prompts import Prompt
+from diffalign.data.specs import PreprocessSpec
 from diffalign.diffusion.likelihood import Draws
 from diffalign.models._base import Model
 from diffalign.objectives._base import Objective
@@ -29,7 +30,23 @@ from diffalign.training.ranks import Ranks
 from diffalign.training.sampling import training_draws
 from diffalign.training.specs import Settings
 
-PROMPT_BATCH = 32
+MIN_SET = 4
+"""Pictures that a reward of a set needs at least: recall looks at three neighbours."""
+
+
+def check_rollout(objective: Objective, settings: Settings) -> None:
+    """Refuses, before anything is loaded, sizes that a rollout cannot have."""
+    size = settings.loader.batch_size
+    if objective.unit == "single" and size % 2:
+        raise UserError(f"loader.batch_size={size}: a prompt gives two pictures here, use an even number")
+    pairs = (
+        settings.rollout.steps * settings.accumulation * (size // 2 if objective.unit == "single" else size)
+    )
+    if getattr(objective, "reward", None) == "set" and pairs < MIN_SET:
+        raise UserError(
+            f"a rollout of {pairs} pairs is too small for a reward of sets: raise rollout.steps or "
+            "loader.batch_size"
+        )
 
 
 @dataclass
@@ -57,7 +74,7 @@ class Rollout:
     picture is better are left out, so that micro-batches may be smaller, or None.
 
     Args:
-        model: drawn with; its text encoders are not needed any more.
+        model: drawn with; its text encoders are not needed any more, its VAE stays.
         objective: its unit says whether the two pictures of a prompt are a pair or two examples.
         judge: of the pictures.
         prompts: what is drawn.
@@ -81,13 +98,6 @@ class Rollout:
     _batches: dict[int, Batch | None] = field(default_factory=dict, init=False)
     _news: list[dict[str, float]] = field(default_factory=list, init=False)
 
-    def __post_init__(self) -> None:
-        if self.objective.unit == "single" and self.settings.loader.batch_size % 2:
-            raise UserError(
-                f"loader.batch_size={self.settings.loader.batch_size}: a prompt gives two pictures here, use "
-                "an even number"
-            )
-
     @property
     def _micro_batches_a_rank(self) -> int:
         return self.settings.rollout.steps * self.settings.accumulation
@@ -107,6 +117,8 @@ class Rollout:
         settings, number = self.settings, start + rank
         if self._drawn is not None:
             self._make_batches(self._drawn)
+            for used in [micro for micro in self._batches if micro < start]:
+                del self._batches[used]
         while True:
             if number >= self._next:
                 self._draw()
@@ -133,7 +145,11 @@ class Rollout:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is, and the rollout under way; every process must ask."""
-        state: dict[str, Any] = {"next": self._next, "pairs_drawn": self._pairs_drawn}
+        state: dict[str, Any] = {
+            "next": self._next,
+            "pairs_drawn": self._pairs_drawn,
+            "num_pairs": self.num_pairs,
+        }
         under_way = self._drawn is not None and self.ranks.any(bool(self._batches))
         if not under_way:
             return state
@@ -154,17 +170,17 @@ class Rollout:
         """Puts back what `state_dict` gave.
 
         Raises:
-            UserError: a rollout is under way that so many processes would split in another way.
+            UserError: rollouts would have another size: a reward of sets depends on it.
         """
+        if state["num_pairs"] != self.num_pairs:
+            raise UserError(
+                f"the run's rollouts have {state['num_pairs']} pairs, these processes make "
+                f"{self.num_pairs}: go on with as many processes as before"
+            )
         self._next, self._pairs_drawn = state["next"], state["pairs_drawn"]
         held = state.get("drawn")
         if held is None:
             return
-        if len(held["targets"]) != self.num_pairs:
-            raise UserError(
-                f"the checkpoint holds a rollout of {len(held['targets'])} pairs, this run makes "
-                f"{self.num_pairs}: go on with as many processes as before"
-            )
         own = torch.tensor(self._own_pairs(self.ranks.index))
         images = torch.stack([2 * own, 2 * own + 1], dim=1).flatten()
         self._drawn = Drawn(held["first"], held["number"], held["targets"], held["latents"][images])
@@ -180,8 +196,13 @@ class Rollout:
         self._next += self._micro_batches_a_rank * self.ranks.count
         self._pairs_drawn += count
         own = [number + i for i in self._own_pairs(self.ranks.index)]
-        with _own_random_stream():
-            latents, seen = self._pictures(own)
+        failure, latents, seen = None, torch.zeros(0), torch.zeros(0)
+        with _own_random_stream(self._device):
+            try:
+                latents, seen = self._pictures(own)
+            except UserError as error:
+                failure = error
+        self.ranks.fail_together(failure)
         everywhere = self.ranks.gather(seen.unflatten(0, (-1, 2)))
         owners = [self._own_pairs(rank) for rank in range(self.ranks.count)]
         everywhere = everywhere[torch.tensor([pair for pairs in owners for pair in pairs]).argsort()]
@@ -218,7 +239,8 @@ class Rollout:
                     )
                     pictures = self.model.pictures(drawn, texts, seeds)
                 latents.append(drawn.float().cpu())
-                seen.append(self.judge.look(pictures, texts, [prompt.meta for prompt in prompts]).cpu())
+                contexts = [prompt.meta.get("context") for prompt in prompts]
+                seen.append(self.judge.look(pictures, texts, contexts).cpu())
         finally:
             network.train(was_training)
         return torch.cat(latents), torch.cat(seen)
@@ -231,9 +253,12 @@ class Rollout:
 
     def _embedded(self, texts: list[str]) -> tuple[Conditioning, Conditioning]:
         rows = torch.tensor([self.texts.prompt_rows[text] for text in texts])
-        device = next(self.model.denoiser.network.parameters()).device
-        cond = self.texts.prompts.rows(rows).to(device)
-        return cond, Conditioning.cat([self.texts.dropped] * len(texts)).to(device)
+        cond = self.texts.prompts.rows(rows).to(self._device)
+        return cond, Conditioning.cat([self.texts.dropped] * len(texts)).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.denoiser.network.parameters()).device
 
     def _make_batches(self, drawn: Drawn) -> None:
         """Spreads what is decided of this process's pairs evenly over its micro-batches."""
@@ -277,17 +302,12 @@ class Rollout:
         return [replace(pair, target=target)]
 
 
-def embed_prompts(model: Model, prompts: Sequence[Prompt], resolution: int | None) -> EncodedSet:
+def embed_prompts(model: Model, prompts: Sequence[Prompt], spec: PreprocessSpec) -> EncodedSet:
     """The prompts' embeddings, in a set with one example that says what the network is told about sizes."""
-    side = resolution or model.default_resolution
+    side = spec.resolution or model.default_resolution
     if side % model.size_multiple:
         raise UserError(f"preprocess.resolution={side}: use a multiple of {model.size_multiple} here")
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    model.say_too_long(texts)
-    rows = [
-        model.encode_prompts(texts[start : start + PROMPT_BATCH]).to("cpu")
-        for start in range(0, len(texts), PROMPT_BATCH)
-    ]
     size = (side, side)
     conditions = (model.size_conditioning(size, (0, 0), size),)
     template = Example("", texts[0], (), size, None, conditions)
@@ -296,11 +316,11 @@ def embed_prompts(model: Model, prompts: Sequence[Prompt], resolution: int | Non
         [],
         [],
         {text: row for row, text in enumerate(texts)},
-        Conditioning.cat(rows),
+        encode_prompts(texts, model, spec),
         model.encode_dropped_prompt().to("cpu"),
     )
 
 
-def _own_random_stream() -> AbstractContextManager[None]:
+def _own_random_stream(device: torch.device) -> AbstractContextManager[None]:
     # A run that goes on in the middle of a rollout does not draw it again: training must not notice.
-    return torch.random.fork_rng()
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

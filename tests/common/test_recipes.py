@@ -90,6 +90,9 @@ def test_a_dry_run_prints_every_step_and_writes_nothing(
         (("seeds: ${", "sedes: ${"), ["prompts=x"], r"step 1 \(generate\): .*'sedes': did you mean 'seeds'"),
         (("steps:", "stops:"), ["prompts=x"], "has no steps"),
         (("${given.prompts}", "${given.nothing}"), ["prompts=x"], "nothing"),
+        (("given:", "given: [a]\nother:"), ["prompts=x"], "given is not a mapping"),
+        (("", ""), ["prompts=[a"], "recipe.yaml: "),
+        (("", ""), ["prompts=${given.nothing}"], "nothing"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(

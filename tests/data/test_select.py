@@ -204,3 +204,8 @@ def test_what_an_objective_rejects_is_counted_and_not_bad() -> None:
     groups = UsableGroups(records(2), reject=lambda r: "equal_scores" if r.id == "f:1" else None)
     assert ids(groups) == ["0"]
     assert groups.tally.dropped == {"equal_scores": ["f:1"]} and groups.tally.bad_share == 0.0
+
+
+def test_pairs_without_labels_where_scores_decide() -> None:
+    found = UsableGroups([to_record("a", row(has_label=False)), to_record("b", row())], unlabelled=True)
+    assert [(group.id, group.target) for group in found] == [("a", 0.5), ("b", 1.0)]

@@ -102,6 +102,22 @@ def test_given_pictures(objective: str, tiny_sdxl: str, pairs: Path, tmp_path: P
     assert names == sorted(path.name for path in (tmp_path / "one").iterdir())
 
 
+def test_own_pictures_of_which_a_process_may_have_none_that_is_better(tiny_sdxl: str, tmp_path: Path) -> None:
+    """The grader finds nothing in random pictures, so most steps are empty in one process or in both."""
+    own = [
+        "prompts=[a red circle on a white background,a blue square on a black background]",
+        "scorers=[scene]",
+        "objective=dragon",
+        "objective.surrogate=kto",
+        "rollout.num_inference_steps=1",
+        "rollout.guidance_scale=1",
+    ]
+    two_processes([*common(tiny_sdxl, tmp_path / "two", 2), *own])
+    rows = files.read_jsonl(tmp_path / "two" / "metrics.jsonl")
+    drawn = [row for row in rows if row["kind"] == "rollout"]
+    assert len(drawn) == STEPS and any(row["decided"] < 1.0 for row in drawn)
+
+
 def test_own_pictures_with_a_reward_of_the_whole_set(tiny_sdxl: str, tmp_path: Path) -> None:
     """Features of both processes make one set, and each trains on what it drew itself."""
     clip = write_open_clip(tmp_path / "clip")

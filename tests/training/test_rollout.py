@@ -23,7 +23,7 @@ from diffalign.training import loop
 from diffalign.training.checkpoint import load_latest
 from diffalign.training.judge import Judge, check_reward
 from diffalign.training.ranks import Ranks
-from diffalign.training.rollout import Rollout, embed_prompts
+from diffalign.training.rollout import Rollout, check_rollout, embed_prompts
 from diffalign.training.setup import accelerator_for
 from diffalign.training.specs import CheckpointSpec, OptimizerSpec, RolloutSpec, Settings
 from tests.tiny_training import make_run, make_set
@@ -78,7 +78,7 @@ def make_rollout(
     )
     objective = objective or Dragon()
     judge = Judge(objective, scorer or Brightness(levels))
-    texts = embed_prompts(model, PROMPTS, 32)
+    texts = embed_prompts(model, PROMPTS, settings.preprocess)
     return Rollout(model, objective, judge, PROMPTS, texts, settings, Ranks(accelerator_for("fp32")))
 
 
@@ -133,8 +133,14 @@ def test_kto_gets_single_pictures_of_both_kinds(model: Any) -> None:
     ((batch, draws), *_) = take(make_rollout(model, objective=Dragon(surrogate="kto")), 2)
     assert batch.ids == ["rollout-0:0", "rollout-0:1"] and sorted(batch.target.tolist()) == [0.0, 1.0]
     assert batch.counts.tolist() == [1, 1] and draws.t[0] != draws.t[1]
+
+
+def test_sizes_that_a_rollout_cannot_have_are_refused() -> None:
     with pytest.raises(UserError, match=r"loader\.batch_size=3: a prompt gives two pictures"):
-        make_rollout(model, objective=Dragon(surrogate="kto"), loader=LoaderSpec(batch_size=3))
+        check_rollout(Dragon(surrogate="kto"), Settings(loader=LoaderSpec(batch_size=3)))
+    with pytest.raises(UserError, match="a rollout of 3 pairs is too small for a reward of sets"):
+        check_rollout(Dragon(reward="set", measure="vendi"), Settings(loader=LoaderSpec(batch_size=3)))
+    check_rollout(Dragon(reward="set", measure="vendi"), Settings(loader=LoaderSpec(batch_size=4)))
 
 
 def run_of(model: Any, out: Path, levels: int | None = None, **changes: Any) -> loop.Run:
@@ -168,7 +174,41 @@ def test_a_run_resumed_within_a_rollout_is_equal_bit_for_bit(model: Any, tmp_pat
         assert torch.equal(tensor, whole[name]), name
     rows = [files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     assert rows[0] == rows[1]
-    assert [row["step"] for row in rows[0] if row["kind"] == "rollout"] == [0, 2, 4]
+    assert [row["step"] for row in rows[0] if row["kind"] == "rollout"] == [1, 3, 5]
+
+
+def test_used_micro_batches_of_a_resumed_rollout_are_gone(model: Any) -> None:
+    rollout = make_rollout(model)
+    take(rollout, 1)
+    state = rollout.state_dict()
+    again = make_rollout(model)
+    again.load_state_dict(state)
+    (rest,) = take(again, 1, start=1)
+    assert rest is not None and rest[0].ids == ["rollout-2", "rollout-3"]
+    assert "drawn" not in again.state_dict()
+
+
+def test_rollouts_of_another_size_are_refused(model: Any) -> None:
+    state = make_rollout(model).state_dict()
+    other = make_rollout(model, loader=LoaderSpec(batch_size=4))
+    with pytest.raises(UserError, match="rollouts have 4 pairs, these processes make 8"):
+        other.load_state_dict(state)
+
+
+def test_a_reward_that_never_decides_is_no_training(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="26 steps in a row had no pair of which one picture is better"):
+        loop.fit(run_of(model, tmp_path / "run", levels=1, num_steps=40))
+
+
+def test_a_picture_without_a_value_names_its_prompt(model: Any) -> None:
+    class Blind(Brightness):
+        def _score_batch(self, images: Any, prompts: Any, context: Any) -> Scores:
+            return Scores(torch.full((len(images),), torch.nan), errors=["too dark"] * len(images))
+
+    with pytest.raises(
+        UserError, match=r"gives nan for a picture of 'a .*' \(too dark\): leave the prompt out"
+    ):
+        take(make_rollout(model, scorer=Blind()), 1)
 
 
 def test_a_step_without_a_decided_pair_is_counted_and_changes_nothing(model: Any, tmp_path: Path) -> None:
@@ -191,7 +231,9 @@ def test_what_a_reward_cannot_use_is_refused(model: Any, tmp_path: Path) -> None
     with pytest.raises(UserError, match="none holds 0 pictures: give 2 or more"):
         check_reward(Dragon(reward="set", exemplars=str(tmp_path / "none")), Embedding())
     with pytest.raises(UserError, match="resolution=33: use a multiple of"):
-        embed_prompts(model, PROMPTS, 33)
+        embed_prompts(model, PROMPTS, PreprocessSpec(resolution=33))
+    with pytest.raises(UserError, match=r"exceed preprocess\.memory_limit_gb"):
+        embed_prompts(model, PROMPTS, PreprocessSpec(resolution=32, memory_limit_gb=1e-6))
 
 
 class Embedding(Brightness):

@@ -78,6 +78,7 @@ class Source:
         unit: str = "pair",
         undesirable: bool = False,
         reject: Callable[[Record], str | None] | None = None,
+        unlabelled: bool = False,
         limit: int | None = None,
         ties: Literal["drop", "soft"] | None = None,
     ) -> UsableGroups:
@@ -90,6 +91,7 @@ class Source:
             unit=unit,
             undesirable=undesirable,
             reject=reject,
+            unlabelled=unlabelled,
             ties=ties or self.ties,
             max_bad_share=self.max_bad_share,
             limit=limit,
