@@ -87,6 +87,9 @@ def parse_word(text: str, keys: Mapping[str, Key], verb: str) -> Word:
     if not equals:
         raise UserError(f"'{text}' is not of the form key=value: see diffalign {verb} --help")
     if path[0] not in keys:
+        inside = [key.name for key in keys.values() if key.section and path[0] in key.section.keys]
+        if inside:
+            raise UserError(f"unknown key of {verb} '{path[0]}': did you mean '{inside[0]}.{path[0]}'?")
         raise unknown(f"key of {verb}", path[0], keys)
     return Word(path, value)
 

@@ -151,6 +151,10 @@ def read_adapter(
     local = Path(path)
     if not local.exists() and (local.is_absolute() or path.startswith(".") or path.count("/") != 1):
         raise UserError(f"adapter {path} does not exist: give a folder, a .safetensors file or a hub id")
+    for inside, instead in (("adapter", f"give {path}/adapter"), ("unet", f"use model.unet={path}/unet")):
+        if (local / inside).is_dir():
+            what = "the folder of a run" if inside == "adapter" else "a whole UNet"
+            raise UserError(f"{path} is {what}, not an adapter: {instead}")
     try:
         state, alphas, metadata = pipeline_class.lora_state_dict(
             path, unet_config=network.config, return_lora_metadata=True

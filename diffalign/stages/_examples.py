@@ -48,6 +48,7 @@ class GivenPictures:
             raise UserError("train needs data: name a source and its path, e.g. data=pickapic data.path=...")
         self._objective, self._settings = objective, settings
         self._source = make_one("data.sources", data)
+        self._source.files()  # a mistyped path is told before a base is fetched
         objective.check_data(self._source.score_facts())
         self._groups: UsableGroups = self._source.usable(
             unit=objective.unit,

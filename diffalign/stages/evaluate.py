@@ -125,7 +125,8 @@ def _images(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
     higher = reward.higher_is_better
     sections = choose(pairs, name, rows=recipe["grid_rows"], seed=recipe["seed"], higher_is_better=higher)
     title = (
-        f"{name} ({reward.scale}): aligned wins {100 * reward.win_rate.estimate:.1f} % of {reward.win_rate.n}"
+        f"{name} ({reward.scale}): win rate {100 * reward.win_rate.estimate:.1f} % "
+        f"({reward.wins} won, {reward.ties} tied, {reward.losses} lost; a tie is half a win)"
     )
     with _run.claim_folder(out, stage="evaluate", recipe=recipe):
         with files.atomic_path(out / GRID) as temporary:

@@ -88,8 +88,10 @@ def pair(
     what = "lists" if how == "lists" else "pairs"
     found = f"{len(groups)} prompts ({drops.words()})"
     if not records:
-        remedy = "score several pictures a prompt" if how == "lists" else "lower margin"
-        raise UserError(f"{path}: no {what[:-1]} out of {found}; {remedy} or use ties=soft")
+        remedy = (
+            "lower margin or use ties=soft" if "tie" in drops.names else "score several pictures a prompt"
+        )
+        raise UserError(f"{path}: no {what[:-1]} out of {found}: {remedy}")
     decides = {key: value for key, value in recipe.items() if key not in ("images", "out")}
     same = {**decides, "by": "+".join(names), "images": files.file_identity(path)}
     extra: dict[str, Any] = {"scorers": names, "scores": score_facts(records)}

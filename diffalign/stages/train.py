@@ -105,6 +105,9 @@ def train(
     model = make_one("models", model)
     objective = make_one("objectives", objective)
     _check_objective(objective, settings)
+    finished = _folder.finished(Path(out), recipe)
+    if finished is not None:
+        return finished
     examples: Examples
     if objective.on_policy:
         _refuse_given(objective, data=data)
@@ -113,8 +116,7 @@ def train(
         changed = None if rollout == RolloutSpec() else rollout
         _refuse_given(objective, prompts=prompts, scorers=scorers, rollout=changed)
         examples = GivenPictures(objective, settings, data)
-    finished = _folder.finished(Path(out), recipe)
-    return finished or _train(model, examples, objective, settings, recipe, Path(out))
+    return _train(model, examples, objective, settings, recipe, Path(out))
 
 
 def _train(

@@ -388,3 +388,10 @@ def test_a_careless_signature_is_the_authors_mistake() -> None:
 
     with pytest.raises(TypeError, match="keyword-only"):
         load_recipe(positional, None, [])
+
+
+def test_a_key_without_its_section_is_pointed_to_it() -> None:
+    from diffalign.stages.train import train
+
+    with pytest.raises(UserError, match=r"unknown key of train 'lr': did you mean 'optimizer\.lr'\?"):
+        load_recipe(train, None, ["lr=1e-4"])

@@ -289,3 +289,17 @@ def test_names_are_saved_in_one_order(tiny_sdxl: str, tmp_path: Path) -> None:
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert metadata["unet.target_modules"] == ["to_k", "to_out.0", "to_q", "to_v"]
+
+
+@pytest.mark.parametrize(
+    ("inside", "told"),
+    [
+        ("adapter", r"is the folder of a run, not an adapter: give .*/adapter"),
+        ("unet", r"is a whole UNet, not an adapter: use model\.unet=.*/unet"),
+    ],
+)
+def test_a_folder_one_level_off_is_told_apart(inside: str, told: str, tiny_sdxl: str, tmp_path: Path) -> None:
+    (tmp_path / inside).mkdir()
+    model: Any = load_model("sdxl", tiny_sdxl)
+    with pytest.raises(UserError, match=told):
+        model.load_adapter(str(tmp_path))

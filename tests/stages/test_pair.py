@@ -94,7 +94,7 @@ def test_margin_is_the_smallest_difference_that_counts(
     if kept:
         assert run(tmp_path, f"margin={margin}") == [("p0|p1", 0.0)]
         return
-    with pytest.raises(UserError, match=r"no pair out of 1 prompts \(1 tie\); lower margin or use ties=soft"):
+    with pytest.raises(UserError, match=r"no pair out of 1 prompts \(1 tie\): lower margin or use ties=soft"):
         run(tmp_path, f"margin={margin}")
     assert not (tmp_path / "pairs").exists()
     assert run(tmp_path, f"margin={margin}", "ties=soft") == [("p0|p1", 0.5)]
@@ -224,7 +224,7 @@ def test_another_stages_folder_is_left_alone(tmp_path: Path) -> None:
         (
             [picture("p0", "cat", 1)],
             ("how=lists",),
-            r"no list out of 1 prompts \(1 single_picture\); score several",
+            r"no list out of 1 prompts \(1 single_picture\): score several",
         ),
         ([picture("p0", "cat", 1, scores={})], ("how=lists",), "holds no scores"),
     ],
