@@ -42,6 +42,8 @@ from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.objectives.diffusion_dpo import Plugin as DiffusionDPO
 from diffalign.training import loop
+from diffalign.training.feed import Offline
+from diffalign.training.metrics import MetricsLog
 from diffalign.training.setup import accelerator_for
 from diffalign.training.specs import OptimizerSpec, Settings
 from diffalign.training.watch import Watch
@@ -226,7 +228,7 @@ def make_run(model: Model, encoded: EncodedSet, arguments: argparse.Namespace, a
     return loop.Run(
         model=model,
         objective=DiffusionDPO(beta=5000.0),
-        train_set=encoded,
+        feed=Offline(encoded, settings, model.process.num_timesteps),
         out=out,
         identity="",
         accelerator=accelerator,
@@ -239,14 +241,15 @@ def compare(run: loop.Run, steps: int) -> dict[str, Any]:
     """Seconds of our step and of the bare network, in turn; the ratio is the median of neighbours'."""
     state = loop._start(run)
     incoming = loop._micro_batches(run, 0)
+    log = MetricsLog(run.out, resume_step=0, writes=False)
     ours, bare = [], []
     for index in range(steps + 1):
         started = time.perf_counter()
         micro = next(incoming)
-        loop._timed_step(run, state, iter([micro]))
+        loop._timed_step(run, state, iter([micro]), log)
         synchronize(run)
         middle = time.perf_counter()
-        bare_seconds = bare_network(run, *micro)
+        bare_seconds = bare_network(run, *micro[0])
         if index:
             ours.append(middle - started)
             bare.append(bare_seconds)

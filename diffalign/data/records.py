@@ -31,6 +31,7 @@ from diffalign.common import files
 from diffalign.common.errors import UserError, brief
 
 __all__ = [
+    "PICTURE_SUFFIXES",
     "BadImage",
     "BadLabel",
     "Candidate",
@@ -54,6 +55,8 @@ TURNS = {
 }
 """EXIF orientation -> what makes the picture upright (CIPA DC-008, "Orientation")."""
 LABEL_TOLERANCE = 1e-6
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Of files in a folder that are taken for pictures."""
 
 
 def digest(content: bytes) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, unknown
 from diffalign.data.batches import Batch
 from diffalign.data.records import Record
 from diffalign.data.select import ScoreFacts
@@ -33,6 +33,7 @@ class Output:
 
 
 Unit = Literal["pair", "list", "single"]
+ERROR_SPACES = ("native", "epsilon", "x0")
 Gather = Callable[[Tensor], Tensor]
 """Concatenates the `[n]` tensors of all processes, the same on each of them."""
 
@@ -96,3 +97,9 @@ def require_positive(name: str, value: float) -> None:
     """Refuses a hyper-parameter that is zero, negative, infinite or NaN."""
     if not 0 < value < math.inf:
         raise UserError(f"objective.{name} is {value}: use a value above 0")
+
+
+def require_error_space(space: str) -> None:
+    """Refuses a space of errors that there is none of."""
+    if space not in ERROR_SPACES:
+        raise unknown("objective.error_space", space, ERROR_SPACES)

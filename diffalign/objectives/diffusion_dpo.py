@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffalign.common.errors import unknown
 from diffalign.data.batches import Batch, first_and_second
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws, denoising_terms
-from diffalign.objectives._base import Objective, Output, require_positive
+from diffalign.objectives._base import Objective, Output, require_error_space, require_positive
 
 aliases = ("dpo",)
 
@@ -71,8 +70,7 @@ class Plugin(Objective):
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
-        if self.error_space not in ("native", "epsilon", "x0"):
-            raise unknown("objective.error_space", self.error_space, ("native", "epsilon", "x0"))
+        require_error_space(self.error_space)
 
     def compute(self, denoiser: Denoiser, batch: Batch, draws: Draws, shared: Any = None) -> Output:
         """Losses `[N]` of `N` pairs."""

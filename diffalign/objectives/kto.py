@@ -14,7 +14,7 @@ from diffalign.data.batches import Batch
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws, Terms, denoising_terms
 from diffalign.diffusion.process import exact_dtype
-from diffalign.objectives._base import Gather, Objective, Output, Unit, require_positive
+from diffalign.objectives._base import Gather, Objective, Output, Unit, require_error_space, require_positive
 
 BASELINES = ("batch", "ema")
 
@@ -126,8 +126,7 @@ class Plugin(Objective):
             raise unknown("objective.baseline", self.baseline, BASELINES)
         if not 0.0 <= self.ema_decay < 1.0:
             raise UserError(f"objective.ema_decay is {self.ema_decay}: use a value in [0, 1)")
-        if self.error_space not in ("native", "epsilon", "x0"):
-            raise unknown("objective.error_space", self.error_space, ("native", "epsilon", "x0"))
+        require_error_space(self.error_space)
 
     def compute(self, denoiser: Denoiser, batch: Batch, draws: Draws, shared: Any = None) -> Output:
         """Losses `[N]` of `N` images.

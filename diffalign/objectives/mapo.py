@@ -18,7 +18,7 @@ from diffalign.data.batches import Batch, first_and_second
 from diffalign.data.records import Record
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws, denoising_terms
-from diffalign.objectives._base import Objective, Output, Unit, require_positive
+from diffalign.objectives._base import Objective, Output, Unit, require_error_space, require_positive
 
 FORMS = ("code", "paper")
 SNR_VALUE = 0.5
@@ -160,8 +160,7 @@ class Plugin(Objective):
                 "objective.snr_value and objective.num_train_timesteps mean nothing in objective.form=paper: "
                 "leave them out, or use objective.form=code"
             )
-        if self.error_space not in ("native", "epsilon", "x0"):
-            raise unknown("objective.error_space", self.error_space, ("native", "epsilon", "x0"))
+        require_error_space(self.error_space)
 
     def reject(self, record: Record) -> str | None:
         """Returns "tie" for a pair without a winner."""

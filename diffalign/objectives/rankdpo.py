@@ -22,7 +22,7 @@ from diffalign.data.records import Record
 from diffalign.data.select import ScoreFacts
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws, denoising_terms
-from diffalign.objectives._base import Objective, Output, require_positive
+from diffalign.objectives._base import Objective, Output, require_error_space, require_positive
 from diffalign.objectives._relevance import (
     BY_SCORERS,
     RELEVANCES,
@@ -136,11 +136,11 @@ class Plugin(Objective):
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
+        require_error_space(self.error_space)
         for key, value, known in (
             ("phi", self.phi, RELEVANCES),
             ("noise", self.noise, ("shared", "independent")),
             ("passes", self.passes, ("one", "two")),
-            ("error_space", self.error_space, ("native", "epsilon", "x0")),
         ):
             if value not in known:
                 raise unknown(f"objective.{key}", value, known)

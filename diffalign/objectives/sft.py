@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from diffalign.common.errors import unknown
 from diffalign.data.batches import Batch
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws, denoising_terms
-from diffalign.objectives._base import Objective, Output
+from diffalign.objectives._base import Objective, Output, require_error_space
 
 
 @dataclass
@@ -26,8 +25,7 @@ class Plugin(Objective):
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.error_space not in ("native", "epsilon", "x0"):
-            raise unknown("objective.error_space", self.error_space, ("native", "epsilon", "x0"))
+        require_error_space(self.error_space)
 
     def compute(self, denoiser: Denoiser, batch: Batch, draws: Draws, shared: Any = None) -> Output:
         """Losses `[N]` of `N` images."""

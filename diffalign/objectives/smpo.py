@@ -23,7 +23,7 @@ from diffalign.data.select import ScoreFacts
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.inversion import GRIDS, implied_noise
 from diffalign.diffusion.likelihood import Draws, denoising_terms
-from diffalign.objectives._base import Objective, Output, require_positive
+from diffalign.objectives._base import Objective, Output, require_error_space, require_positive
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_logit, pair_logs
 
 CORRECTIONS = {"ddim": 0, "renoise": 1}
@@ -137,13 +137,13 @@ class Plugin(Objective):
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
+        require_error_space(self.error_space)
         require_positive("gamma", self.gamma)
         for key, value, known in (
             ("order", self.order, ("reward", "label")),
             ("inversion", self.inversion, ("none", *CORRECTIONS)),
             ("inversion_grid", self.inversion_grid, GRIDS),
             ("inverter", self.inverter, ("train", "reference")),
-            ("error_space", self.error_space, ("native", "epsilon", "x0")),
         ):
             if value not in known:
                 raise unknown(f"objective.{key}", value, known)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.common import files
 from diffalign.common.errors import UserError
+from diffalign.data.records import PICTURE_SUFFIXES
 from diffalign.stages._run import refuse_unfinished
 
 if TYPE_CHECKING:
     from diffalign.data.records import ImageRef
     from diffalign.scorers import Scorer, Scores
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ROW_FILES = ("images.jsonl", "scores.jsonl")
 
 Row = dict[str, Any]

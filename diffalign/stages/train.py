@@ -108,14 +108,7 @@ def train(
     finished = _folder.finished(Path(out), recipe)
     if finished is not None:
         return finished
-    examples: Examples
-    if objective.on_policy:
-        _refuse_given(objective, data=data)
-        examples = OwnPictures(objective, settings, prompts, scorers)
-    else:
-        changed = None if rollout == RolloutSpec() else rollout
-        _refuse_given(objective, prompts=prompts, scorers=scorers, rollout=changed)
-        examples = GivenPictures(objective, settings, data)
+    examples = _examples_of(objective, settings, data, prompts, scorers)
     return _train(model, examples, objective, settings, recipe, Path(out))
 
 
@@ -195,6 +188,18 @@ def _check_objective(objective: Objective, settings: Settings) -> None:
         raise UserError(
             f"reference.mode={settings.reference.mode}: objective={name} has no reference; leave it out"
         )
+
+
+def _examples_of(
+    objective: Objective, settings: Settings, data: Any, prompts: str | list[str] | None, scorers: Any
+) -> Examples:
+    """Given pictures, or the policy's own; refuses the keys of the other kind."""
+    if objective.on_policy:
+        _refuse_given(objective, data=data)
+        return OwnPictures(objective, settings, prompts, scorers)
+    rollout = None if settings.rollout == RolloutSpec() else settings.rollout
+    _refuse_given(objective, prompts=prompts, scorers=scorers, rollout=rollout)
+    return GivenPictures(objective, settings, data)
 
 
 def _refuse_given(objective: Objective, **given: Any) -> None:

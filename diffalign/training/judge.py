@@ -13,9 +13,7 @@ from torch import Tensor
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.data.prompts import load_prompts
-from diffalign.data.records import ImageRef
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+from diffalign.data.records import PICTURE_SUFFIXES, ImageRef
 
 
 class Chooser(Protocol):
@@ -145,7 +143,7 @@ def _exemplars(source: str) -> tuple[list[Path], list[str]]:
     """The pictures of a folder, or the texts of a file."""
     path = Path(source)
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), []
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES), []
     if path.is_file():
         return [], [prompt.text for prompt in load_prompts(source)]
     raise UserError(f"objective.exemplars={source} does not exist: give a folder of pictures or a text file")
