@@ -238,11 +238,12 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
     objective = method.make(out / "exemplars")
     folder = out / name_of(which)
     unit = "list" if objective.unit == "list" else "pair"
-    started = time.perf_counter()
+    started, started_core = time.perf_counter(), time.process_time()
     with counted() as evaluations:
         pairs = out / f"drafts-{which['seed']}" / unit
         walk.align(folder / "run", objective, method, SIZE, seed=which["seed"], pairs=pairs)
-    seconds, peak = time.perf_counter() - started, getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    seconds, core_seconds = time.perf_counter() - started, time.process_time() - started_core
+    peak = getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     base = out / f"base-{which['phase']}-graded"
     adapter = folder / "run" / "adapter"
     aligned = graded(folder / "pictures", prompts_of(which["phase"]), picture_seeds(), SIZE, adapter=adapter)
@@ -269,6 +270,8 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
             "drawing": evaluations["drawing"] + drafts * SIZE.draft_steps * 2,  # 2: with guidance
         },
         "seconds": seconds,
+        "core_seconds": core_seconds,
+        "cell_core_seconds": time.process_time(),
         "peak_gb": peak,
         "wins": wins(rows_of(base), rows_of(aligned), prompts_of(which["phase"])),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import socket
 from collections.abc import Iterable
 
 
@@ -32,9 +33,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 def brief(error: BaseException) -> str:
-    """Returns what a library's error says as one line of bearable length; its class where it says nothing."""
+    """Returns what a library's error says as one line of bearable length; its class where it says nothing.
+
+    The hub's libraries call a file missing that no connection could be made for; that is said beside it.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    text = text if len(text) <= 300 else text[:297] + "..."
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror | ConnectionError | TimeoutError):
+            said = " ".join(str(cause).split()) or type(cause).__name__
+            return f"{text} (the network was not reached: {said})"
+        cause = cause.__cause__ or cause.__context__
+    return text
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

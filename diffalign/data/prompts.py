@@ -13,6 +13,7 @@ from typing import Any
 
 from diffalign.common.errors import UserError, unknown
 from diffalign.common.files import read_text
+from diffalign.common.progress import say
 from diffalign.data.records import read_lines
 
 __all__ = ["COLUMNS", "Prompt", "load_prompts", "prompt_file"]
@@ -67,6 +68,8 @@ def load_prompts(
             raise UserError("the list of prompts is empty: give at least one prompt")
     else:
         path = prompt_file(source)
+        if path is None and not re.search(r"\s", source.strip()):
+            say(f"prompts={source}: no such file, so this word is the prompt")
         prompts = [_literal(source, 0)] if path is None else _from_file(path, column)
     return prompts[:limit]
 

@@ -230,6 +230,8 @@ def _rows(source: str, side: str, score_now: bool) -> tuple[list[dict[str, Any]]
     from diffalign.stages._scoring import ROW_FILES, read_image_rows
 
     path = Path(source)
+    if not path.exists():
+        raise UserError(f"{side}={source} does not exist: give the output of score, or of generate")
     if path.is_dir() and not score_now:
         path = path / "scores.jsonl"
         if not path.is_file():

@@ -77,7 +77,7 @@ def score(
                 progress.update(len(batch))
         scored = files.read_jsonl(path)
         _close(folder, images, recipe, scored, ready)
-    print(summary(scored, list(ready)))
+    print(f"{path}:\n{summary(scored, list(ready))}")
     return path
 
 

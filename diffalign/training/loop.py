@@ -91,11 +91,20 @@ class _State:
     counters: dict[str, int] = field(
         default_factory=lambda: {
             "skipped_steps": 0,
-            "skips_in_a_row": 0,
+            "skipped_in_a_row": 0,
             "empty_steps": 0,
             "empty_in_a_row": 0,
         }
     )
+
+    def count(self, what: str, *, happened: bool) -> bool:
+        """Counts a "skipped" or "empty" step, or ends their row; whether there are too many in a row."""
+        if not happened:
+            self.counters[f"{what}_in_a_row"] = 0
+            return False
+        self.counters[f"{what}_steps"] += 1
+        self.counters[f"{what}_in_a_row"] += 1
+        return self.counters[f"{what}_in_a_row"] > MAX_SKIPS_IN_A_ROW
 
 
 def fit(run: Run) -> dict[str, Any]:
@@ -244,12 +253,12 @@ def _timed_step(
     for row in run.feed.news():
         log.write("rollout", state.step + 1, row)
     num_groups = run.ranks.total(sum(batch.num_groups for batch, _ in micro))
-    if num_groups:
-        loss = _optimizer_step(run, state, micro, num_groups)
-        state.counters["empty_in_a_row"] = 0
-    else:
-        loss = math.nan
-        _count_empty(state)
+    loss = _optimizer_step(run, state, micro, num_groups) if num_groups else math.nan
+    if state.count("empty", happened=not num_groups):
+        raise UserError(
+            f"{MAX_SKIPS_IN_A_ROW + 1} steps in a row had no pair of which one picture is better: the reward "
+            "does not tell them apart; use another scorer or a larger loader.batch_size"
+        )
     state.step += 1
     _update_reference(run, state.step)
     return loss, num_groups / (time.perf_counter() - started)
@@ -280,17 +289,6 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]], n
     norm = run.accelerator.clip_grad_norm_(state.parameters, run.settings.optimizer.max_grad_norm or math.inf)
     _step_unless_non_finite(run, state, float(norm))
     return ranks.total(total) / num_groups
-
-
-def _count_empty(state: _State) -> None:
-    """A step in which nothing was to be learned; too many in a row are no training."""
-    state.counters["empty_steps"] += 1
-    state.counters["empty_in_a_row"] += 1
-    if state.counters["empty_in_a_row"] > MAX_SKIPS_IN_A_ROW:
-        raise UserError(
-            f"{state.counters['empty_in_a_row']} steps in a row had no pair of which one picture is better: "
-            "the reward does not tell them apart; use another scorer or a larger loader.batch_size"
-        )
 
 
 def _update_reference(run: Run, step: int) -> None:
@@ -332,11 +330,7 @@ def _step_unless_non_finite(run: Run, state: _State, norm: float) -> None:
     state.adamw.zero_grad()
     if finite:
         state.health.add_grad_norm(norm)
-        state.counters["skips_in_a_row"] = 0
-        return
-    state.counters["skipped_steps"] += 1
-    state.counters["skips_in_a_row"] += 1
-    if state.counters["skips_in_a_row"] > MAX_SKIPS_IN_A_ROW:
+    if state.count("skipped", happened=not finite):
         raise UserError(
             f"gradients were not finite {MAX_SKIPS_IN_A_ROW + 1} times in a row, last at step {state.step}: "
             "lower optimizer.lr or use precision=bf16; the last checkpoint is unharmed"

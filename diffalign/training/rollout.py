@@ -17,6 +17,7 @@ from torch import Tensor
 from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
+from diffalign.common.plugins import plugin_name
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet, Example, encode_prompts
 from diffalign.data.loader import Plan, assemble
@@ -34,8 +35,23 @@ MIN_SET = 4
 """Pictures that a reward of a set needs at least: recall looks at three neighbours."""
 
 
+UNREAD = {
+    "preprocess": ("buckets", "crop", "flip", "size_conditioning"),
+    "loader": ("num_workers", "posterior"),
+}
+"""Section -> its keys that say how given pictures are read."""
+
+
 def check_rollout(objective: Objective, settings: Settings) -> None:
-    """Refuses, before anything is loaded, sizes that a rollout cannot have."""
+    """Refuses, before anything is loaded, sizes that a rollout cannot have and keys that it does not read."""
+    for section, names in UNREAD.items():
+        spec = getattr(settings, section)
+        for name in names:
+            if getattr(spec, name) != getattr(type(spec)(), name):
+                raise UserError(
+                    f"{section}.{name} is of given pictures, and objective={plugin_name(objective)} draws "
+                    "its own: leave it out"
+                )
     size = settings.loader.batch_size
     if objective.unit == "single" and size % 2:
         raise UserError(f"loader.batch_size={size}: a prompt gives two pictures here, use an even number")

@@ -1,5 +1,7 @@
 """Errors for people are one line and name the nearest match."""
 
+import socket
+
 from diffalign.common.errors import Interrupted, UserError, brief, nearest, unknown
 
 
@@ -28,3 +30,17 @@ def test_a_long_error_becomes_one_bearable_line() -> None:
     assert brief(ValueError("one\n  two\n")) == "one two"
     assert brief(KeyError()) == "KeyError"
     assert brief(ValueError("x" * 301)) == "x" * 297 + "..."
+
+
+def test_a_library_that_calls_a_file_missing_without_a_network_is_set_right() -> None:
+    try:
+        try:
+            raise socket.gaierror(-2, "Name or service not known")
+        except OSError as cause:
+            raise OSError("it has no file named model_index.json") from cause
+    except OSError as error:
+        said = brief(error)
+    assert said == (
+        "it has no file named model_index.json (the network was not reached: [Errno -2] Name or service not "
+        "known)"
+    )

@@ -127,6 +127,13 @@ def test_files_that_are_no_prompts(tmp_path: Path, name: str, text: str, message
     assert "\n" not in str(caught.value)
 
 
+def test_a_single_word_is_a_prompt_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [prompt.text for prompt in load_prompts("promts")] == ["promts"]
+    assert "prompts=promts: no such file, so this word is the prompt" in capsys.readouterr().err
+    load_prompts("two words")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_file_that_is_not_there_is_no_literal_prompt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"catz\.tsv: no such file"):
         load_prompts(str(tmp_path / "catz.tsv"))

@@ -165,6 +165,7 @@ def test_other_prompts_are_refused(sides, tmp_path):
         ({"aligned": None}, "needs aligned=FOLDER"),
         ({"base": "nowhere"}, "nowhere"),
         ({"scorers": None}, "has no scores.jsonl: score it first"),
+        ({"aligned": "nowhere"}, "aligned=nowhere does not exist: give the output of score"),
         ({"embedder": "scene"}, "embedder=scene gives no picture features"),
         ({"limit": 0}, "limit=0"),
         ({"tie_epsilon": -1.0}, "tie_epsilon=-1.0"),

@@ -164,7 +164,7 @@ def test_a_finished_run_takes_no_more_steps(
     assert summary == {
         "steps": 8,
         "skipped_steps": 0,
-        "skips_in_a_row": 0,
+        "skipped_in_a_row": 0,
         "empty_steps": 0,
         "empty_in_a_row": 0,
     }
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_is_counted(
     assert summary == {
         "steps": 3,
         "skipped_steps": 1,
-        "skips_in_a_row": 0,
+        "skipped_in_a_row": 0,
         "empty_steps": 0,
         "empty_in_a_row": 0,
     }

@@ -143,6 +143,14 @@ def test_sizes_that_a_rollout_cannot_have_are_refused() -> None:
     check_rollout(Dragon(reward="set", measure="vendi"), Settings(loader=LoaderSpec(batch_size=4)))
 
 
+def test_keys_of_given_pictures_are_refused() -> None:
+    with pytest.raises(UserError, match=r"preprocess\.flip is of given pictures, and objective=dragon draws"):
+        check_rollout(Dragon(), Settings(preprocess=PreprocessSpec(flip=True)))
+    with pytest.raises(UserError, match=r"loader\.posterior is of given pictures"):
+        check_rollout(Dragon(), Settings(loader=LoaderSpec(posterior="mean")))
+    check_rollout(Dragon(), Settings(preprocess=PreprocessSpec(resolution=64)))
+
+
 def run_of(model: Any, out: Path, levels: int | None = None, **changes: Any) -> loop.Run:
     settings = {
         "num_steps": 5,
