@@ -2,6 +2,7 @@
 
     python scripts/bakeoff.py --out runs/bakeoff --phase tune     # every setting, on the tuning prompts
     python scripts/bakeoff.py --out runs/bakeoff --phase test     # the chosen ones, 3 seeds, test prompts
+    python scripts/bakeoff.py --out runs/bakeoff --phase asked    # questions that came up, on tuning prompts
     python scripts/bakeoff.py --out runs/bakeoff --report-only
 
 Every cell (phase, method, setting, seed) is a process of its own, so that its peak of memory is its own too;
@@ -109,6 +110,17 @@ SETTINGS: dict[str, list[Method]] = {
 }
 """Method -> its candidates, all written down before the first was run."""
 
+ASKED: dict[str, list[Method]] = {
+    "mapo": [
+        # A margin of the same pull (beta s T = 50) that is nearly linear: does the weight of pairs decide?
+        Method(lambda _: MaPO(beta=1.0, snr_value=0.05), lr=4e-4),
+        Method(lambda _: MaPO(beta=1.0, snr_value=0.05), lr=1e-4),
+        # The paper's margin has a quarter of the pull of its SFT term, and never saturates.
+        Method(lambda _: MaPO(beta=1.0, form="paper"), lr=4e-4),
+    ],
+}
+"""Method -> settings tried after the others had been seen, to say why; never chosen, never tested."""
+
 OWN_REWARD = ("dragon_exemplar", "dragon_set")
 """Chosen and judged by a reward of their own."""
 
@@ -133,7 +145,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, help="folder of pictures and runs")
-    parser.add_argument("--phase", default="tune", choices=("tune", "test"))
+    parser.add_argument("--phase", default="tune", choices=("tune", "test", "asked"))
     parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="methods")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--report-only", action="store_true")
@@ -145,12 +157,23 @@ def wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells of the phase, in the order of the methods."""
     cells = []
     for method in arguments.only:
-        if arguments.phase == "tune":
-            cells += [cell("tune", method, setting, 0) for setting in range(len(SETTINGS[method]))]
+        if arguments.phase != "test":
+            settings = candidates(arguments.phase).get(method, [])
+            cells += [cell(arguments.phase, method, setting, 0) for setting in range(len(settings))]
         else:
             setting = chosen_setting(files.read_jsonl(ROWS), method, own=method in OWN_REWARD)
             cells += [cell("test", method, setting, seed) for seed in range(TEST_SEEDS)]
     return cells
+
+
+def candidates(phase: str) -> dict[str, list[Method]]:
+    """Method -> its settings in a phase, by number."""
+    return ASKED if phase == "asked" else SETTINGS
+
+
+def base_of(out: Path, phase: str) -> Path:
+    """The base's pictures on the prompts of a phase."""
+    return out / ("base-test" if phase == "test" else "base-tune")
 
 
 def cell(phase: str, method: str, setting: int, seed: int) -> dict[str, Any]:
@@ -209,9 +232,9 @@ def name_of(which: dict[str, Any]) -> str:
 
 def prompts_of(phase: str) -> list[str]:
     """What models are compared on."""
-    if phase == "tune":
-        return walk.held_out_prompts(TUNING_PROMPTS, tuning=True)
-    return walk.held_out_prompts(TEST_PROMPTS)
+    if phase == "test":
+        return walk.held_out_prompts(TEST_PROMPTS)
+    return walk.held_out_prompts(TUNING_PROMPTS, tuning=True)
 
 
 def prepare(out: Path, phase: str, seed: int) -> None:
@@ -223,8 +246,9 @@ def prepare(out: Path, phase: str, seed: int) -> None:
     for unit in ("pair", "list"):
         walk.prefer(drafts / unit, drafts / "graded", unit=unit)
     walk.draw_exemplars(out / "exemplars", walk.train_prompts(SIZE.exemplars))
-    base = graded(out / f"base-{phase}", prompts_of(phase), picture_seeds(), SIZE)
-    pair(images=str(base), out=str(out / f"base-{phase}-pairs"), by="scene", how="all_pairs")
+    drawn = base_of(out, phase)
+    base = graded(drawn, prompts_of(phase), picture_seeds(), SIZE)
+    pair(images=str(base), out=f"{drawn}-pairs", by="scene", how="all_pairs")
 
 
 def picture_seeds() -> list[int]:
@@ -234,7 +258,7 @@ def picture_seeds() -> list[int]:
 
 def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
     """Trains, draws, and compares with the base."""
-    method = SETTINGS[which["method"]][which["setting"]]
+    method = candidates(which["phase"])[which["method"]][which["setting"]]
     objective = method.make(out / "exemplars")
     folder = out / name_of(which)
     unit = "list" if objective.unit == "list" else "pair"
@@ -244,7 +268,8 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
         walk.align(folder / "run", objective, method, SIZE, seed=which["seed"], pairs=pairs)
     seconds, core_seconds = time.perf_counter() - started, time.process_time() - started_core
     peak = getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    base = out / f"base-{which['phase']}-graded"
+    drawn = base_of(out, which["phase"])
+    base = Path(f"{drawn}-graded")
     adapter = folder / "run" / "adapter"
     aligned = graded(folder / "pictures", prompts_of(which["phase"]), picture_seeds(), SIZE, adapter=adapter)
     report = walk.compare(folder / "report", base, aligned)
@@ -252,7 +277,7 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
         mode="implicit",
         model=walk.base_model(),
         adapter=str(adapter),
-        data=Preferences(path=str(out / f"base-{which['phase']}-pairs" / "preferences.jsonl")),
+        data=Preferences(path=f"{drawn}-pairs/preferences.jsonl"),
         out=str(folder / "implicit"),
     )
     drafts = 0 if objective.on_policy else SIZE.train_prompts * SIZE.pictures
@@ -264,7 +289,7 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
         "parts": {name: report["rewards"]["scene"]["parts"][name] for name in KINDS},
         "implicit": files.read_json(implicit)["accuracy"],
         "drift": report["drift"],
-        "own_reward": own_reward(objective, out, which["phase"], folder / "pictures"),
+        "own_reward": own_reward(objective, out / "exemplars", drawn, folder / "pictures"),
         "evaluations": {
             **evaluations,
             "drawing": evaluations["drawing"] + drafts * SIZE.draft_steps * 2,  # 2: with guidance
@@ -322,25 +347,24 @@ def counted() -> Iterator[dict[str, int]]:
         UNet2DConditionModel.forward, UNetModel.sample = forward, sample
 
 
-def own_reward(objective: Objective, out: Path, phase: str, aligned: Path) -> dict[str, Any] | None:
+def own_reward(objective: Objective, drawings: Path, base: Path, aligned: Path) -> dict[str, Any] | None:
     """What an exemplar or set reward says of base and aligned pictures, at equal n."""
     if not isinstance(objective, DRAGON) or objective.reward == "instance":
         return None
     clip: Any = load_scorer("clip", path=str(embedded("tiny-clip")))
-    exemplars = clip.embed_images([Image.open(p) for p in sorted((out / "exemplars").glob("*.png"))])
-    sides = [features_of(folder, clip) for folder in (out / f"base-{phase}", aligned)]
-    (base, prompts), (theirs, same) = sides
+    exemplars = clip.embed_images([Image.open(path) for path in sorted(drawings.glob("*.png"))])
+    (ours, prompts), (theirs, same) = (features_of(folder, clip) for folder in (base, aligned))
     assert prompts == same
     if objective.reward == "exemplar":
         reward = exemplar_reward(str(objective.measure), exemplars)
-        gain = reward(theirs) - reward(base)
+        gain = reward(theirs) - reward(ours)
         value = bootstrap_interval(gain, clusters=prompts).as_dict()
-        return {"base": float(reward(base).mean()), "aligned": float(reward(theirs).mean()), "gain": value}
+        return {"base": float(reward(ours).mean()), "aligned": float(reward(theirs).mean()), "gain": value}
     of = set_reward(str(objective.measure), exemplars)
     return {
-        "base": float(of(base)),
+        "base": float(of(ours)),
         "aligned": float(of(theirs)),
-        "gain": set_gain(of, base, theirs, prompts),
+        "gain": set_gain(of, ours, theirs, prompts),
     }
 
 

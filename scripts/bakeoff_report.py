@@ -44,9 +44,12 @@ def as_markdown(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, 
     if tested:
         lines += ["## On held-out prompts", "", *results_table(tested), "", *cost_table(tested), ""]
         lines += reporting.bars(bars(tested, own))
-    return "\n".join(
-        [*lines, "## Settings, on the tuning prompts", "", *tuning_table(rows, methods, own), ""]
-    )
+    lines += ["## Settings, on the tuning prompts", ""]
+    lines += [*settings_table(rows, methods, own, phase="tune"), ""]
+    if any(row["phase"] == "asked" for row in rows):
+        lines += ["## Asked afterwards, on the tuning prompts: not chosen from, not tested", ""]
+        lines += [*settings_table(rows, methods, own, phase="asked"), ""]
+    return "\n".join(lines)
 
 
 def pooled_win_rate(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,15 +112,17 @@ def cost_table(tested: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def tuning_table(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, ...]) -> list[str]:
-    """Every setting tried; the chosen one in bold."""
+def settings_table(
+    rows: list[dict[str, Any]], methods: list[str], own: tuple[str, ...], *, phase: str
+) -> list[str]:
+    """Every setting tried in a phase on the tuning prompts; the chosen one in bold."""
     lines = ["| method | setting | win rate | accurate | own reward |", "|---|---|---|---|---|"]
     for name in methods:
-        tuned = sorted(
-            (r for r in rows if r["phase"] == "tune" and r["method"] == name), key=lambda r: r["setting"]
+        tried = sorted(
+            (r for r in rows if r["phase"] == phase and r["method"] == name), key=lambda r: r["setting"]
         )
-        best = chosen_setting(rows, name, own=name in own) if tuned else None
-        for row in tuned:
+        best = chosen_setting(rows, name, own=name in own) if tried and phase == "tune" else None
+        for row in tried:
             shown = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if value is not None)
             mark = "**" if row["setting"] == best else ""
             gain = signed(row["own_reward"]["gain"]) if row["own_reward"] else "-"

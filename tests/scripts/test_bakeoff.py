@@ -85,8 +85,10 @@ def test_the_bars_can_be_met_and_missed(report: Any) -> None:
 def test_the_page_shows_every_setting_and_what_it_took(report: Any) -> None:
     rows = [row("tune", "dpo", 0, 0, "1122"), row("tune", "dpo", 1, 0, "2222")]
     rows.append(row("test", "dpo", 1, 0, "22222211"))
+    rows.append(row("asked", "dpo", 0, 0, "2222"))
     text = report.as_markdown(rows, ["dpo", "sft"], ("dragon_set",))
-    assert "3 cells, 1.5 hours of one core" in text
+    assert text.count("**dpo**") == 1 and "Asked afterwards" in text
+    assert "4 cells, 2.0 hours of one core" in text
     assert "| dpo | lr 0.0001, groups 16 | 0.750 | +10.0 | - |" in text
     assert "| **dpo** | lr 0.0002, groups 16 | 1.000 | +10.0 | - |" in text
     # 0.875 of the pictures won: 37.5 points above one half, for 20,000 or 50,000 evaluations.
