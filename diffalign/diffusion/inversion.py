@@ -90,7 +90,8 @@ def implied_noise(
     one at first) and ends at a level of the grid beside t, so that its "noise" holds signal.
 
     The noise that a network implies is a mean of its predictions, so its variance is below 1: for N(0, 1)
-    data 0.17^2 at t = 100 of SDXL. Convention: it is never brought back to 1.
+    data its std at t = 100 of SDXL is 0.17 by the exact ODE, 0.19 in 9 steps of the "own" grid and 0.33 in
+    those of the "common" one, which makes a single step there. Convention: it is never brought back to 1.
 
     Where alpha_t is 0 (the end of a zero-terminal-SNR base) the noise is what the network says there; a v
     network says the latent of the level before, which comes to the ODE's own end as steps grow.

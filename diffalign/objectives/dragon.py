@@ -80,6 +80,17 @@ def swap_demonstrations(
     Raises:
         UserError: shapes that differ, passes < 1, or a reward that is NaN.
     """
+    return _greedy_swap(features_a, features_b, set_reward, generator, passes)[0]
+
+
+def _greedy_swap(
+    features_a: Any,
+    features_b: Any,
+    set_reward: SetReward,
+    generator: torch.Generator | None,
+    passes: int,
+) -> tuple[Tensor, Tensor]:
+    """`[n]` bool twice: what `swap_demonstrations` gives, and where the reward was the same either way."""
     if len(features_a.shape) != 2 or features_a.shape != features_b.shape:
         shapes = f"{list(features_a.shape)} and {list(features_b.shape)}"
         raise UserError(f"demonstrations of shapes {shapes}: give two sets of one shape [n, d]")
@@ -87,25 +98,27 @@ def swap_demonstrations(
         raise UserError(f"passes is {passes}: use 1 or more")
     count = len(features_a)
     if count == 0:
-        return torch.zeros(0, dtype=torch.bool)
+        return torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
     reward = _incremental(set_reward)
     value_a, value_b = _start(reward, features_a), _start(reward, features_b)
     swapped = [value_b > value_a] * count
     value = value_b if value_b > value_a else _start(reward, features_a)
     equal = (features_a == features_b).all(1).tolist()
+    undecided = list(equal)
     for _ in range(passes):
         before = value
         for i in _order(count, generator):
             if equal[i]:
                 continue
             trial = _number(reward.try_swap(i, (features_a if swapped[i] else features_b)[i]))
+            undecided[i] = trial == value
             if trial > value:
                 reward.commit()
                 value = trial
                 swapped[i] = not swapped[i]
         if value == before:
             break
-    return torch.tensor(swapped)
+    return torch.tensor(swapped), torch.tensor(undecided)
 
 
 def choose_within_pairs(rewards_a: Any, rewards_b: Any) -> Tensor:
@@ -142,7 +155,8 @@ class Plugin(Objective):
     Args:
         reward: "instance": of one picture (the scorer's value); "exemplar": of a picture against exemplars;
             "set": of all pictures of the policy together.
-        measure: exemplar: mean_cosine (default), nearest or frechet; set: frechet (default), kid, mmd, vendi,
+        measure: exemplar: mean_cosine (default), nearest or frechet (which, of a scorer that gives one
+            feature a picture, chooses as mean_cosine does); set: frechet (default), kid, mmd, vendi,
             precision or recall; nothing for instance.
         exemplars: folder of pictures, or a text file with one text a line for encoders of both; needed by
             every measure but vendi.
@@ -237,12 +251,13 @@ class Plugin(Objective):
         set_reward: SetReward,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`swap_demonstrations` as `target` of pairs (a, b): `[n]` float32, 0.5 where the rows are equal."""
-        swapped = swap_demonstrations(
-            features_a, features_b, set_reward, generator=generator, passes=self.swap_passes
-        )
-        equal = torch.as_tensor((features_a == features_b).all(1)).cpu()
-        return (~swapped).float().where(~equal, 0.5)
+        """`swap_demonstrations` as `target` of pairs (a, b): `[n]` float32.
+
+        0.5, a tie, where the set's reward was the same with either picture when the place was last visited:
+        equal rows, and of precision and recall, which count, many more.
+        """
+        swapped, undecided = _greedy_swap(features_a, features_b, set_reward, generator, self.swap_passes)
+        return (~swapped).float().where(~undecided, 0.5)
 
     def compute(self, denoiser: Denoiser, batch: Batch, draws: Draws, shared: Any = None) -> Output:
         """Losses `[N]` of N pairs (dpo) or N pictures (kto), as the surrogate's."""

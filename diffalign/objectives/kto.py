@@ -61,7 +61,7 @@ def kto_loss(
         undesirable_weight: lambda of the others.
     """
     logit = kto_logit(err, ref_err, desirable, beta=beta, baseline=baseline)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(logit.dtype)
+    weight = logit.new_full((), undesirable_weight).where(~desirable, desirable_weight)
     return weight * torch.sigmoid(-logit)
 
 

@@ -123,7 +123,7 @@ class Judge:
         """`[n]` probability that a picture of a is good (0.5: neither), and the rewards to log.
 
         The rewards: `reward`, of all pictures (for sets the mean of both sets'), and `reward_chosen`, of the
-        good ones.
+        good ones (where neither is, of a's).
         """
         if self._set_reward is None:
             targets = self._objective.choose(seen_a, seen_b)

@@ -234,6 +234,18 @@ def test_equal_rows_are_left_alone_and_no_preference() -> None:
     assert torch.equal(plugin.choose_sets(first.numpy(), second.numpy(), recorded, generator()), target)
 
 
+def test_pairs_that_a_counting_reward_does_not_tell_apart_are_ties() -> None:
+    """The reward counts rows whose first number is positive: of 4 pairs only the last differs in that."""
+    first = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    second = torch.tensor([[3.0, 0.0], [1.0, 0.0], [-2.0, 0.0], [1.0, 0.0]])
+    plugin = Plugin(reward="set", exemplars="folder")
+
+    def positive(x: torch.Tensor) -> float:
+        return float((x[:, 0] > 0).sum())
+
+    assert plugin.choose_sets(first, second, positive, generator()).tolist() == [0.5, 0.5, 0.5, 0.0]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
