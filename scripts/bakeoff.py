@@ -6,9 +6,10 @@
     python scripts/bakeoff.py --out runs/bakeoff --report-only
 
 Every cell (phase, method, setting, seed) is a process of its own, so that its peak of memory is its own too;
-finished ones stand in ROWS and are not done again. Setting number k of a method is `SETTINGS[method][k]`; the
-one with the highest win rate on the tuning prompts is tested (exemplar and set rewards: with the highest gain
-of their own reward). Rewards of training come from the exact grader; those two use features of tiny-clip.
+finished ones stand in ROWS and are not done again, others start anew. Setting number k of a method is
+`SETTINGS[method][k]`; the one with the highest win rate on the tuning prompts is tested (exemplar and set
+rewards: with the highest gain of their own reward). Rewards of training come from the exact grader; those two
+use features of tiny-clip.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,23 +30,18 @@ from typing import Any
 
 import numpy as np
 from bakeoff_report import as_markdown, chosen_setting
+from bakeoff_settings import ASKED, SETTINGS
 from comparison import KINDS, PICTURES, Rows, graded, rows_of
 from PIL import Image
 
 from diffalign.common import files
 from diffalign.common.config import resolved_recipe
-from diffalign.common.statistics import bootstrap_interval
+from diffalign.common.statistics import bootstrap_interval, jackknife_interval
 from diffalign.data.sources.jsonl import Plugin as Preferences
 from diffalign.demo import embedded, walk
 from diffalign.demo.methods import Method
-from diffalign.objectives._base import Objective
-from diffalign.objectives.diffusion_dpo import Plugin as DPO
+from diffalign.objectives._base import Objective, OnPolicyObjective
 from diffalign.objectives.dragon import Plugin as DRAGON
-from diffalign.objectives.kto import Plugin as KTO
-from diffalign.objectives.mapo import Plugin as MaPO
-from diffalign.objectives.rankdpo import Plugin as RankDPO
-from diffalign.objectives.sft import Plugin as SFT
-from diffalign.objectives.smpo import Plugin as SmPO
 from diffalign.scorers import load_scorer
 from diffalign.scorers._set_rewards import exemplar_reward, set_reward
 from diffalign.stages.evaluate import evaluate
@@ -57,69 +54,6 @@ REPORT = Path(__file__).with_name("results") / "bakeoff.md"
 TUNING_PROMPTS, TEST_PROMPTS = 100, 250
 TEST_SEEDS = 3
 SIZE = walk.WHOLE
-
-
-def _dragon(reward: str, beta: float, lr: float, steps: int) -> Method:
-    return Method(
-        lambda folder: DRAGON(reward=reward, exemplars=str(folder), beta=beta),  # type: ignore[arg-type]
-        lr=lr,
-        scorer="clip",
-        rollout_steps=steps,
-    )
-
-
-SETTINGS: dict[str, list[Method]] = {
-    "sft": [Method(lambda _: SFT(), lr=lr, groups=32) for lr in (1e-4, 2e-4, 4e-4, 8e-4)],
-    "dpo": [
-        Method(lambda _: DPO(beta=2000.0), lr=4e-4),
-        Method(lambda _: DPO(beta=2000.0), lr=8e-4),
-        Method(lambda _: DPO(beta=1000.0), lr=4e-4),
-        Method(lambda _: DPO(beta=4000.0), lr=4e-4),
-    ],
-    "mapo": [
-        Method(lambda _: MaPO(beta=0.1), lr=1e-4),
-        Method(lambda _: MaPO(beta=0.1), lr=2e-4),
-        Method(lambda _: MaPO(beta=0.1), lr=4e-4),
-        Method(lambda _: MaPO(beta=1.0), lr=2e-4),
-    ],
-    "smpo": [
-        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion_steps=5), lr=2e-4),
-        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion_steps=5, inverter="reference"), lr=2e-4),
-        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion_steps=5, inverter="reference"), lr=4e-4),
-        Method(lambda _: SmPO(beta=2000.0, scorer="scene", inversion="none"), lr=4e-4),
-    ],
-    "rankdpo": [
-        Method(lambda _: RankDPO(beta=2000.0), lr=4e-4, groups=8),
-        Method(lambda _: RankDPO(beta=5000.0), lr=4e-4, groups=8),
-        Method(lambda _: RankDPO(beta=2000.0), lr=8e-4, groups=8),
-        Method(lambda _: RankDPO(beta=2000.0, phi="mean"), lr=4e-4, groups=8),
-    ],
-    "kto": [
-        Method(lambda _: KTO(beta=2000.0), lr=4e-4, groups=32),
-        Method(lambda _: KTO(beta=4000.0), lr=4e-4, groups=32),
-        Method(lambda _: KTO(beta=2000.0), lr=8e-4, groups=32),
-        Method(lambda _: KTO(beta=1000.0), lr=4e-4, groups=32),
-    ],
-    "dragon": [
-        Method(lambda _: DRAGON(beta=2000.0), lr=4e-4),
-        Method(lambda _: DRAGON(beta=2000.0), lr=2e-4),
-        Method(lambda _: DRAGON(beta=4000.0), lr=4e-4),
-    ],
-    "dragon_exemplar": [_dragon("exemplar", 2000.0, 4e-4, 1), _dragon("exemplar", 2000.0, 2e-4, 1)],
-    "dragon_set": [_dragon("set", 2000.0, 4e-4, 4), _dragon("set", 2000.0, 2e-4, 4)],
-}
-"""Method -> its candidates, all written down before the first was run."""
-
-ASKED: dict[str, list[Method]] = {
-    "mapo": [
-        # A margin of the same pull (beta s T = 50) that is nearly linear: does the weight of pairs decide?
-        Method(lambda _: MaPO(beta=1.0, snr_value=0.05), lr=4e-4),
-        Method(lambda _: MaPO(beta=1.0, snr_value=0.05), lr=1e-4),
-        # The paper's margin has a quarter of the pull of its SFT term, and never saturates.
-        Method(lambda _: MaPO(beta=1.0, form="paper"), lr=4e-4),
-    ],
-}
-"""Method -> settings tried after the others had been seen, to say why; never chosen, never tested."""
 
 OWN_REWARD = ("dragon_exemplar", "dragon_set")
 """Chosen and judged by a reward of their own."""
@@ -158,12 +92,19 @@ def wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     cells = []
     for method in arguments.only:
         if arguments.phase != "test":
-            settings = candidates(arguments.phase).get(method, [])
-            cells += [cell(arguments.phase, method, setting, 0) for setting in range(len(settings))]
+            cells += cells_of(arguments.phase, method)
         else:
+            untuned = [c for c in cells_of("tune", method) if c not in done()]
+            if untuned:
+                raise SystemExit(f"{method}: {len(untuned)} settings are not tuned: run --phase tune first")
             setting = chosen_setting(files.read_jsonl(ROWS), method, own=method in OWN_REWARD)
             cells += [cell("test", method, setting, seed) for seed in range(TEST_SEEDS)]
     return cells
+
+
+def cells_of(phase: str, method: str) -> list[dict[str, Any]]:
+    """A cell for each setting of a method in a phase."""
+    return [cell(phase, method, setting, 0) for setting in range(len(candidates(phase).get(method, [])))]
 
 
 def candidates(phase: str) -> dict[str, list[Method]]:
@@ -182,9 +123,16 @@ def cell(phase: str, method: str, setting: int, seed: int) -> dict[str, Any]:
 
 
 def done() -> list[dict[str, Any]]:
-    """The cells that have a row."""
-    rows = files.read_jsonl(ROWS) if ROWS.exists() else []
-    return [cell(row["phase"], row["method"], row["setting"], row["seed"]) for row in rows]
+    """The cells that have a row; a row of other settings than today's under that number is refused."""
+    found = []
+    for row in files.read_jsonl(ROWS) if ROWS.exists() else []:
+        if row["phase"] == "prepare":
+            continue
+        method = candidates(row["phase"])[row["method"]][row["setting"]]
+        if row["settings"] != settings_of(method, method.make(Path("exemplars"))):
+            raise SystemExit(f"{ROWS}: {name_of(row)} has other settings than bakeoff.py: remove the row")
+        found.append(cell(row["phase"], row["method"], row["setting"], row["seed"]))
+    return found
 
 
 def run_cells(out: Path, cells: list[dict[str, Any]], jobs: int) -> None:
@@ -238,17 +186,25 @@ def prompts_of(phase: str) -> list[str]:
 
 
 def prepare(out: Path, phase: str, seed: int) -> None:
-    """What several cells share: training pictures of the seed, base pictures and exemplars."""
+    """What several cells share: training pictures of the seed, base pictures and exemplars.
+
+    Adds a row of what it took, where the training pictures were not there yet.
+    """
     out.mkdir(parents=True, exist_ok=True)
     drafts = out / f"drafts-{seed}"
+    fresh, started = not drafts.exists(), time.process_time()
     walk.draw_drafts(drafts / "pictures", walk.train_prompts(SIZE.train_prompts), SIZE, seed=seed)
     walk.grade(drafts / "graded", drafts / "pictures")
     for unit in ("pair", "list"):
         walk.prefer(drafts / unit, drafts / "graded", unit=unit)
+    drafted = time.process_time() - started
     walk.draw_exemplars(out / "exemplars", walk.train_prompts(SIZE.exemplars))
     drawn = base_of(out, phase)
     base = graded(drawn, prompts_of(phase), picture_seeds(), SIZE)
     pair(images=str(base), out=f"{drawn}-pairs", by="scene", how="all_pairs")
+    if fresh:
+        row = {"phase": "prepare", "seed": seed, "drafts_core_seconds": drafted}
+        files.append_jsonl(ROWS, [{**row, "cell_core_seconds": time.process_time() - started}])
 
 
 def picture_seeds() -> list[int]:
@@ -261,6 +217,7 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
     method = candidates(which["phase"])[which["method"]][which["setting"]]
     objective = method.make(out / "exemplars")
     folder = out / name_of(which)
+    shutil.rmtree(folder, ignore_errors=True)  # what a stopped cell had cost is not known any more
     unit = "list" if objective.unit == "list" else "pair"
     started, started_core = time.perf_counter(), time.process_time()
     with counted() as evaluations:
@@ -280,9 +237,11 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
         data=Preferences(path=f"{drawn}-pairs/preferences.jsonl"),
         out=str(folder / "implicit"),
     )
-    drafts = 0 if objective.on_policy else SIZE.train_prompts * SIZE.pictures
+    drawing_seconds = evaluations.pop("drawing_seconds")
+    drafts = 0 if isinstance(objective, OnPolicyObjective) else SIZE.train_prompts * SIZE.pictures
     return {
         **which,
+        "commit": commit(),
         "settings": settings_of(method, objective),
         "win_rate": report["win_rate"],
         "interval": report["interval"],
@@ -292,14 +251,21 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
         "own_reward": own_reward(objective, out / "exemplars", drawn, folder / "pictures"),
         "evaluations": {
             **evaluations,
-            "drawing": evaluations["drawing"] + drafts * SIZE.draft_steps * 2,  # 2: with guidance
+            "drawing": int(evaluations["drawing"]) + drafts * SIZE.draft_steps * 2,  # 2: with guidance
         },
         "seconds": seconds,
         "core_seconds": core_seconds,
+        "drawing_core_seconds": drawing_seconds,
         "cell_core_seconds": time.process_time(),
         "peak_gb": peak,
         "wins": wins(rows_of(base), rows_of(aligned), prompts_of(which["phase"])),
     }
+
+
+def commit() -> str:
+    """The code that made a row; empty outside a git checkout."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def wins(base: Rows, aligned: Rows, prompts: list[str]) -> str:
@@ -317,14 +283,16 @@ def settings_of(method: Method, objective: Objective) -> dict[str, Any]:
 
 
 @contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """Evaluations of the network, one an image: learning (a backward pass counts as two) and drawing."""
+def counted() -> Iterator[dict[str, float]]:
+    """Evaluations of the network, one an image: learning (a backward pass counts as two) and drawing; and the
+    core seconds that drawing took.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
     from diffalign.models._unet import UNetModel
 
-    counts = {"learning": 0, "drawing": 0}
+    counts: dict[str, float] = {"learning": 0, "drawing": 0, "drawing_seconds": 0.0}
     forward, sample = UNet2DConditionModel.forward, UNetModel.sample
     drawing = False
 
@@ -334,11 +302,12 @@ def counted() -> Iterator[dict[str, int]]:
 
     def counting_sample(self: Any, *rest: Any, **options: Any) -> Any:
         nonlocal drawing
-        drawing = True
+        drawing, started = True, time.process_time()
         try:
             return sample(self, *rest, **options)
         finally:
             drawing = False
+            counts["drawing_seconds"] += time.process_time() - started
 
     UNet2DConditionModel.forward, UNetModel.sample = counting_forward, counting_sample
     try:
@@ -377,23 +346,16 @@ def features_of(folder: Path, clip: Any) -> tuple[np.ndarray, list[str]]:
 
 
 def set_gain(of: Any, base: np.ndarray, theirs: np.ndarray, prompts: list[str]) -> dict[str, Any]:
-    """Difference of a set's reward with its 95 % interval over resampled prompts (both sides alike)."""
-    rng = np.random.default_rng(0)
-    groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(index)
-    names = list(groups)
-    gains = []
-    for _ in range(1000):
-        rows = [i for k in rng.integers(0, len(names), len(names)) for i in groups[names[k]]]
-        gains.append(of(theirs[rows]) - of(base[rows]))
-    low, high = np.quantile(gains, [0.025, 0.975])
-    return {
-        "estimate": float(of(theirs) - of(base)),
-        "low": float(low),
-        "high": float(high),
-        "n": len(prompts),
-    }
+    """Difference of a set's reward, both sides of equal size, with its 95 % interval over prompts.
+
+    By leaving out one prompt at a time: resampling would put copies into the sets, which narrows them.
+    """
+    names = np.array(prompts)
+
+    def gain(keep: np.ndarray) -> float:
+        return float(of(theirs[keep]) - of(base[keep]))
+
+    return jackknife_interval(gain, clusters=names).as_dict()
 
 
 if __name__ == "__main__":

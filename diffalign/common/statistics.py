@@ -1,9 +1,9 @@
 """Intervals and paired tests (numpy only).
 
-All intervals are percentile bootstrap intervals: resample with replacement, take the statistic, read the
-quantiles (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Values that belong
-together (the seeds of a prompt) are named by `clusters` and resampled as a block. NaN and infinities are
-refused with ValueError everywhere: callers drop such pairs and count them.
+All intervals but the jackknife's are percentile bootstrap intervals: resample with replacement, take the
+statistic, read the quantiles (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+Values that belong together (the seeds of a prompt) are named by `clusters` and resampled as a block. NaN and
+infinities are refused with ValueError everywhere: callers drop such pairs and count them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,40 @@ def bootstrap_interval(
         resampled = _resample(blocks, statistic, num_resamples, rng)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(sample, axis=-1)), float(low), float(high), len(sample), level)
+
+
+def jackknife_interval(
+    statistic: Callable[[NDArray[np.intp]], float],
+    *,
+    clusters: Sequence[object] | NDArray[Any],
+    level: float = 0.95,
+) -> Interval:
+    """Returns the normal interval of a statistic of rows by leaving out one cluster at a time.
+
+    For statistics of a whole set (a Frechet distance, a diversity): a bootstrap sample holds copies, which a
+    set does not, and that alone shifts such a statistic. With G clusters the squared standard error is
+    (G - 1) / G times the sum of squares of the G values about their mean (Efron and Tibshirani, chapter 11).
+
+    Args:
+        statistic: called with the indices of the rows to keep, smooth in every row; G + 1 times.
+        clusters: `[n]` labels; rows with one label are left out together.
+        level: coverage in (0, 1).
+
+    Raises:
+        ValueError: fewer than two clusters, or a value that is not finite.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    labels, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    count = len(labels)
+    if count < 2:
+        raise ValueError(f"a jackknife needs two clusters or more, got {count}")
+    estimate = float(statistic(np.arange(len(owner))))
+    without = np.array([statistic(np.flatnonzero(owner != cluster)) for cluster in range(count)])
+    _finite(np.append(without, estimate), "values of the statistic")
+    error = math.sqrt((count - 1) / count * np.square(without - without.mean()).sum())
+    reach = NormalDist().inv_cdf((1 + level) / 2) * error
+    return Interval(estimate, estimate - reach, estimate + reach, len(owner), level)
 
 
 def win_rate(

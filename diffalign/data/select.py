@@ -6,7 +6,7 @@ rows were bad, the run is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "TIES",
     "UNITS",
     "Group",
+    "OneScale",
     "ScoreFacts",
     "Tally",
     "UsableGroups",
@@ -47,6 +48,17 @@ BAD_REASONS = (
 )
 """Drop reasons that speak against the data; `tie` and `unlabelled` are normal."""
 
+HINTS = {
+    "tie": "data.ties=soft trains ties too, where the objective can",
+    "unlabelled": "give labelled rows, or make pairs with diffalign pair",
+    "no_score": "score the pictures with the scorer that the objective reads, then pair them again",
+    "equal_scores": "use a finer scorer, or pictures that differ more",
+    "single_picture": "draw several pictures a prompt, then pair how=lists",
+    "not_a_list": "make lists with diffalign pair how=lists",
+    "missing_image": "the paths of the rows start from the data's own folder",
+}
+"""What helps when nearly all records are dropped for one reason."""
+
 NAMED_IN_MESSAGES = 3
 
 
@@ -65,6 +77,39 @@ class ScoreFacts:
     version: str
     low: float
     high: float
+
+
+class OneScale:
+    """Refuses scores of one scorer that stand on two scales or come from two versions.
+
+    Args:
+        known: scale and version by scorer's name, where they are known beforehand; None: any, but one.
+    """
+
+    def __init__(self, known: Mapping[str, tuple[str | None, str | None]]) -> None:
+        self._known = dict(known)
+
+    def check(self, record: Record, names: Collection[str] | None = None) -> None:
+        """Looks at the scores by `names` (None: by all) of a record's candidates.
+
+        Raises:
+            UserError: naming the record.
+        """
+        for candidate in record.candidates:
+            for name, score in candidate.scores.items():
+                if names is None or name in names:
+                    self._check(record, name, (score.scale, score.version))
+
+    def _check(self, record: Record, name: str, found: tuple[str, str]) -> None:
+        pairs = zip(self._known.get(name, (None, None)), found, strict=True)
+        scale, version = (new if old is None else old for old, new in pairs)
+        self._known[name] = (scale, version)
+        if found == (scale, version):
+            return
+        what = f"on the scale {found[0] or '(none)'}, expected {scale or '(none)'}"
+        if found[0] == scale:
+            what = f"of version {found[1] or '(none)'}, expected {version or '(none)'}"
+        raise UserError(f"record {record.id}: its '{name}' score is {what}: score all pictures alike")
 
 
 @dataclass(frozen=True)
@@ -125,8 +170,11 @@ class Tally:
 
     def refuse_if_empty(self) -> None:
         """Raises UserError when no record was usable."""
-        if not self.used:
-            raise UserError(f"{self.what}: none of {self.asked} rows is usable ({self.reasons()})")
+        if self.used:
+            return
+        most = max(self.dropped, key=lambda reason: len(self.dropped[reason]), default="")
+        hint = f": {HINTS[most]}" if most in HINTS else ""
+        raise UserError(f"{self.what}: none of {self.asked} rows is usable ({self.reasons()}){hint}")
 
     def refuse_if_too_many(self, max_share: float) -> None:
         """Raises UserError when the share of bad records is above `max_share` (in [0, 1])."""

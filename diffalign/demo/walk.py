@@ -17,7 +17,7 @@ from diffalign.demo.methods import Method
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
-from diffalign.objectives._base import Objective
+from diffalign.objectives._base import Objective, OnPolicyObjective
 from diffalign.scenes import draw as draw_scene
 from diffalign.scenes import parse, sample_prompts
 from diffalign.scorers.clip import Plugin as CLIP
@@ -110,9 +110,9 @@ def walk(out: Path, size: Size, *, method: Method, seed: int, recipe: dict[str, 
     again.
     """
     objective = method.make(out / "exemplars")
-    if objective.on_policy:
+    if isinstance(objective, OnPolicyObjective):
         say("1-3/6 no pictures are drawn beforehand: the policy draws while it learns")
-        if getattr(objective, "exemplars", None):
+        if objective.exemplars is not None:
             draw_exemplars(out / "exemplars", train_prompts(size.exemplars))
     else:
         say("1/6 the base model draws its own training pictures")
@@ -199,7 +199,7 @@ def align(
     out: Path, objective: Objective, method: Method, size: Size, *, seed: int, pairs: Path | None = None
 ) -> None:
     """Trains the LoRA on `pairs`, or on the policy's own pictures."""
-    if objective.on_policy:
+    if isinstance(objective, OnPolicyObjective):
         source: dict[str, Any] = {
             "prompts": train_prompts(size.train_prompts),
             "scorers": method.scorers(),

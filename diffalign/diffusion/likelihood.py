@@ -38,18 +38,15 @@ class Terms:
     """Denoising errors of a batch under the trained policy and the reference.
 
     Args:
-        err: `[B]` float32, mean squared residual over every dimension but the first, with gradient.
-        ref_err: `[B]` float32 without gradient, or None when no reference was asked for.
+        err: `[B]` float32 (float64 of a float64 network), mean squared residual over every dimension but the
+            first, with gradient.
+        ref_err: likewise without gradient, or None when no reference was asked for.
         t: `[B]` int64.
-        residual: `[B, ...]` float32 output minus target in the chosen space, kept only on demand.
-        ref_residual: likewise for the reference.
     """
 
     err: Tensor
     ref_err: Tensor | None
     t: Tensor
-    residual: Tensor | None = None
-    ref_residual: Tensor | None = None
 
 
 def denoising_terms(
@@ -60,35 +57,28 @@ def denoising_terms(
     *,
     reference: bool,
     error_space: ErrorSpace = "native",
-    keep_residuals: bool = False,
 ) -> Terms:
     """Errors of `latents` `[B, ...]` noised by `draws`, one forward pass a policy at the same batch shape.
 
     Both policies see the same noisy latents; the reference runs first and without gradient, so that its
-    activations are gone before those of the policy are kept. Predictions and targets are float32 before they
-    are squared: in half precision the rounding of the reference error alone reaches a logit of 0.26 at beta
-    5000.
+    activations are gone before those of the policy are kept. Predictions and targets are at least float32
+    before they are squared: in half precision the rounding of the reference error alone reaches a logit of
+    0.26 at beta 5000.
     """
     process = denoiser.process
     x_t = process.add_noise(latents, draws.noise, draws.t)
-    target = process.target(latents, draws.noise, draws.t).float()
-    scale = expand(process.residual_scale(error_space, draws.t), latents).float()
+    precision = torch.promote_types(latents.dtype, torch.float32)
+    target = process.target(latents, draws.noise, draws.t).to(precision)
+    scale = expand(process.residual_scale(error_space, draws.t), latents).to(precision)
 
-    def residual_now() -> Tensor:
-        return (denoiser.predict(x_t, draws.t, cond).float() - target) * scale
+    def error_now() -> Tensor:
+        return mean_square((denoiser.predict(x_t, draws.t, cond).to(precision) - target) * scale)
 
-    ref_residual = None
+    ref_err = None
     if reference:
         with torch.no_grad(), denoiser.policy("reference"):
-            ref_residual = residual_now()
-    residual = residual_now()
-    return Terms(
-        err=mean_square(residual),
-        ref_err=None if ref_residual is None else mean_square(ref_residual),
-        t=draws.t,
-        residual=residual if keep_residuals else None,
-        ref_residual=ref_residual if keep_residuals else None,
-    )
+            ref_err = error_now()
+    return Terms(err=error_now(), ref_err=ref_err, t=draws.t)
 
 
 def mean_square(residual: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from diffalign.common.errors import UserError, unknown
 from diffalign.data.batches import Batch
@@ -47,7 +47,6 @@ class Objective:
         noise: "shared": one noise for all images of a group; "independent": one for each.
         undesirable: whether single images that are not preferred are examples too.
         needs_labels: whether a pair without a label is of no use.
-        on_policy: whether the policy draws its own images while it is trained.
     """
 
     unit: ClassVar[Unit]
@@ -55,7 +54,6 @@ class Objective:
     noise: Literal["shared", "independent"] = "shared"
     undesirable: ClassVar[bool] = False
     needs_labels: bool = True
-    on_policy: ClassVar[bool] = False
 
     def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:
         """Refuses data whose scores (by scorer's name) this objective cannot use; before anything is read."""
@@ -91,6 +89,37 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave."""
+
+
+class OnPolicyObjective(Objective):
+    """Base of an objective whose policy draws its own images, two a prompt, and whose reward splits them.
+
+    Attributes (fields or properties of the plug-in):
+        reward: what it is of: "instance", an image (a scorer's value); "exemplar", an image against
+            exemplars; "set", all images together.
+        measure: the scorers' measure of that name, for exemplar and set.
+        views: whether an image is looked at in several pieces, for exemplar.
+        exemplars: folder of pictures, or a text file; None: the reward has no use for them.
+        min_exemplars: so many it needs at least.
+        min_pairs: so many pairs a rollout must have at least.
+    """
+
+    reward: Literal["instance", "exemplar", "set"] = "instance"
+    measure: str | None = None
+    views: bool = False
+    exemplars: str | None = None
+    min_exemplars: int = 2
+    min_pairs: int = 1
+
+    def choose(self, rewards_a: Any, rewards_b: Any) -> Tensor:
+        """`[n]` probability that the images a are preferred to b, from `[n]` rewards of each."""
+        raise NotImplementedError
+
+    def choose_sets(
+        self, features_a: Any, features_b: Any, set_reward: Any, generator: Generator | None = None
+    ) -> Tensor:
+        """The same from features `[n, d]` of each and a reward of whole sets."""
+        raise NotImplementedError
 
 
 def require_positive(name: str, value: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from diffalign.common.plugins import get
 from diffalign.data.batches import Batch
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws
-from diffalign.objectives._base import Gather, Objective, Output, Unit
+from diffalign.objectives._base import Gather, Objective, OnPolicyObjective, Output, Unit
 
 MEASURES: dict[str, tuple[str, ...]] = {
     "instance": (),
@@ -145,7 +145,7 @@ def choose_within_pairs(rewards_a: Any, rewards_b: Any) -> Tensor:
 
 
 @dataclass
-class Plugin(Objective):
+class Plugin(OnPolicyObjective):
     """DRAGON: a reward that splits the policy's own pictures, and a surrogate loss on the two halves.
 
     The surrogate is the objective of that name with this one's settings: `diffusion_dpo` on pairs (D+ first
@@ -155,9 +155,8 @@ class Plugin(Objective):
     Args:
         reward: "instance": of one picture (the scorer's value); "exemplar": of a picture against exemplars;
             "set": of all pictures of the policy together.
-        measure: exemplar: mean_cosine (default), nearest or frechet (which, of a scorer that gives one
-            feature a picture, chooses as mean_cosine does); set: frechet (default), kid, mmd, vendi,
-            precision or recall; nothing for instance.
+        measure: exemplar: mean_cosine (default), nearest or frechet (of a picture and its quarters); set:
+            frechet (default), kid, mmd, vendi, precision or recall; nothing for instance.
         exemplars: folder of pictures, or a text file with one text a line for encoders of both; needed by
             every measure but vendi.
         surrogate: "dpo" (paired) or "kto" (unpaired).
@@ -178,8 +177,6 @@ class Plugin(Objective):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     error_space: Literal["native", "epsilon", "x0"] = "native"
-
-    on_policy: ClassVar[bool] = True
 
     _inner: Objective = field(init=False, repr=False, compare=False)
 
@@ -229,6 +226,23 @@ class Plugin(Objective):
     def needs_exemplars(self) -> bool:
         """Whether the reward is held against exemplars."""
         return self.measure not in (None, "vendi")
+
+    @property
+    def views(self) -> bool:  # type: ignore[override]
+        """Frechet distances are of several features; one picture has them by its pieces."""
+        return self.reward == "exemplar" and self.measure == "frechet"
+
+    @property
+    def min_exemplars(self) -> int:  # type: ignore[override]
+        """Precision looks at three neighbours of each exemplar."""
+        return 4 if self.measure == "precision" else 2
+
+    @property
+    def min_pairs(self) -> int:  # type: ignore[override]
+        """Of a set; recall looks at three neighbours of each picture."""
+        if self.reward != "set":
+            return 1
+        return 4 if self.measure == "recall" else 2
 
     @property
     def unit(self) -> Unit:  # type: ignore[override]

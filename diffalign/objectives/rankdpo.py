@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.common.errors import UserError, unknown
 from diffalign.data.batches import Batch
 from diffalign.data.records import Record
-from diffalign.data.select import ScoreFacts
+from diffalign.data.select import OneScale, ScoreFacts
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws, denoising_terms
 from diffalign.objectives._base import Objective, Output, require_error_space, require_positive
@@ -152,17 +152,25 @@ class Plugin(Objective):
             )
         if len(set(self.scorers)) < len(self.scorers):
             raise UserError(f"objective.scorers is [{listed}]: name each scorer once")
+        self._alike = OneScale({})
 
     def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:
         """Refuses data that is known to lack one of `scorers`; data that says nothing is looked at later."""
         for name in self.scorers if facts else ():
             if name not in facts:
                 raise unknown("scorer in objective.scorers", name, facts)
+        self._alike = OneScale({name: (known.scale, known.version) for name, known in facts.items()})
 
     def reject(self, record: Record) -> str | None:
-        """Why a list teaches nothing: "single_picture", "no_score", "bad_label" or "equal_scores"."""
+        """Why a list teaches nothing: "single_picture", "no_score", "bad_label" or "equal_scores".
+
+        Raises:
+            UserError: a score on another scale, or by another version, than the rest.
+        """
         if len(record.candidates) < 2:
             return "single_picture"
+        if self.phi in BY_SCORERS:
+            self._alike.check(record, self.scorers or None)
         phi = record_relevance(record, self.phi, self.scorers)
         if phi is None:
             return "no_score"

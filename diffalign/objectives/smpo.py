@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from diffalign.common.errors import UserError, unknown
 from diffalign.data.batches import Batch, first_and_second
 from diffalign.data.records import Record
-from diffalign.data.select import ScoreFacts
+from diffalign.data.select import OneScale, ScoreFacts
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.inversion import GRIDS, implied_noise
 from diffalign.diffusion.likelihood import Draws, denoising_terms
@@ -155,7 +155,7 @@ class Plugin(Objective):
                 "neither"
             )
         self._range: tuple[float, float] | None = None
-        self._scale = self.scale
+        self._alike = OneScale({self.scorer: (self.scale, None)})
         if self.reward_min is not None and self.reward_max is not None:
             self._range = _checked_range(
                 self.reward_min, self.reward_max, "objective.reward_min and reward_max"
@@ -182,7 +182,7 @@ class Plugin(Objective):
                 f"objective.scale is {self.scale} and the data's '{self.scorer}' scores are on the scale "
                 f"{known.scale or '(none)'}: score on {self.scale}, or change objective.scale and the range"
             )
-        self._scale = known.scale
+        self._alike = OneScale({self.scorer: (known.scale, known.version)})
         if self._range is None:
             self._range = _checked_range(known.low, known.high, f"the data's '{self.scorer}' scores")
         elif known.high < self._range[0] or known.low > self._range[1]:
@@ -201,13 +201,7 @@ class Plugin(Objective):
         present = [score for score in scores if score is not None and math.isfinite(score.value)]
         if len(present) < len(scores):
             return "no_score"
-        for score in present:
-            self._scale = score.scale if self._scale is None else self._scale
-            if score.scale != self._scale:
-                raise UserError(
-                    f"record {record.id}: its '{self.scorer}' score is on the scale "
-                    f"{score.scale or '(none)'}, expected {self._scale or '(none)'}: score all pictures alike"
-                )
+        self._alike.check(record, (self.scorer,))
         first, second = (torch.tensor(score.value, dtype=torch.float32) for score in present)
         if self._smoothed(first, second).item() == 0.5:
             return "equal_scores"

@@ -23,7 +23,7 @@ NEIGHBOURS = 3
 """k of precision and recall."""
 
 
-class Discrepancy(SetReward):
+class MMD(SetReward):
     """Minus the squared maximum mean discrepancy to the exemplars, unbiased; kid: with the cubic kernel.
 
     The exemplars' own mean is computed once; a swap costs one row of each kernel matrix, O((n + m) d).
@@ -191,8 +191,8 @@ def _frechet(exemplars: Floats) -> Frechet:
 
 SET_MEASURES: dict[str, Callable[[Floats], SetReward]] = {
     "frechet": _frechet,
-    "kid": lambda exemplars: Discrepancy(exemplars, "kid", "polynomial"),
-    "mmd": lambda exemplars: Discrepancy(exemplars, "mmd", "rbf"),
+    "kid": lambda exemplars: MMD(exemplars, "kid", "polynomial"),
+    "mmd": lambda exemplars: MMD(exemplars, "mmd", "rbf"),
     "vendi": lambda exemplars: Vendi(),
     "precision": Precision,
     "recall": Recall,

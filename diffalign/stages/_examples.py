@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffalign.common.config import make_many, make_one
 from diffalign.common.errors import UserError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffalign.data.cache import EncodedSet
     from diffalign.data.select import UsableGroups
     from diffalign.models._base import Model
-    from diffalign.objectives._base import Objective
+    from diffalign.objectives._base import Objective, OnPolicyObjective
     from diffalign.training.feed import Feed
 
 
@@ -101,10 +101,11 @@ class OwnPictures:
     """
 
     def __init__(
-        self, objective: Objective, settings: Settings, prompts: str | list[str] | None, scorers: Any
+        self, objective: OnPolicyObjective, settings: Settings, prompts: str | list[str] | None, scorers: Any
     ) -> None:
         from diffalign.data.prompts import load_prompts, prompt_file
         from diffalign.training.judge import check_reward
+        from diffalign.training.ranks import launched
         from diffalign.training.rollout import check_rollout
 
         name = plugin_name(objective)
@@ -117,14 +118,14 @@ class OwnPictures:
             )
         self._objective, self._settings = objective, settings
         (self._scorer,) = named.values()
-        check_reward(cast(Any, objective), self._scorer)
-        check_rollout(objective, settings)
+        check_reward(objective, self._scorer)
+        check_rollout(objective, settings, launched())
         self._prompts = load_prompts(prompts, limit=settings.limit)
         self._file = prompt_file(prompts) if isinstance(prompts, str) else None
 
     def inputs(self) -> dict[str, Path | str]:
         """The scorer's version; prompts and exemplars, where they are files."""
-        exemplars = getattr(self._objective, "exemplars", None)
+        exemplars = self._objective.exemplars
         return {
             "scorer": f"{plugin_name(self._scorer)} {self._scorer.scale} {self._scorer.version}",
             **({} if self._file is None else {"prompts": self._file}),
@@ -140,8 +141,7 @@ class OwnPictures:
         spec = self._settings.rollout
         if spec.scheduler is not None:
             model.check_scheduler(spec.scheduler, spec.num_inference_steps)
-        objective: Any = self._objective
-        judge = Judge(objective, self._scorer.load(str(accelerator.device)), batch_size=spec.batch_size)
+        judge = Judge(self._objective, self._scorer.load(str(accelerator.device)), batch_size=spec.batch_size)
         texts = embed_prompts(model, self._prompts, self._settings.preprocess)
         feed = Rollout(
             model,

@@ -1,8 +1,9 @@
-"""Align a diffusion model with preferences: train a LoRA (or the whole network) on preference pairs.
+"""Align a diffusion model: train a LoRA (or the whole network) on preferences, or on a reward alone.
 
-Pictures and prompts are encoded once and kept in memory, then VAE and text encoders make room for the
-network. The run writes checkpoints, metrics.jsonl, TensorBoard logs and, at the end, the adapter with a model
-card below `out`. The same command again goes on where a stopped run was.
+Given pictures (data=) and prompts are encoded once and kept in memory, then VAE and text encoders make room
+for the network. An on-policy objective (dragon) is given prompts= and scorers=, and draws its own pictures.
+The run writes checkpoints, metrics.jsonl, TensorBoard logs and, at the end, the adapter with a model card
+below `out`. The same command again goes on where a stopped run was.
 
 Examples:
     diffalign train model=sdxl model.path=stabilityai/stable-diffusion-xl-base-1.0 data=pickapic
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard
 
 from diffalign.common.config import Many, One, make_one, resolved_recipe
 from diffalign.common.errors import UserError
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from diffalign.data.cache import EncodedSet
     from diffalign.models._base import Model
-    from diffalign.objectives._base import Objective
+    from diffalign.objectives._base import Objective, OnPolicyObjective
     from diffalign.stages._examples import Examples
     from diffalign.training.watch import Watch
 
@@ -178,8 +179,9 @@ def _claimed(folder: Path, accelerator: Accelerator) -> Iterator[bool]:
 def _check_objective(objective: Objective, settings: Settings) -> None:
     """Refuses settings that an objective cannot use."""
     name = plugin_name(objective)
-    if settings.validation.share > 0.0 and (objective.unit != "pair" or objective.on_policy):
-        what = "its own" if objective.on_policy else objective.unit
+    on_policy = _is_on_policy(objective)
+    if settings.validation.share > 0.0 and (objective.unit != "pair" or on_policy):
+        what = "its own" if on_policy else objective.unit
         raise UserError(
             f"validation.share={settings.validation.share:g} needs given pairs, objective={name} trains on "
             f"{what} images: set validation.share=0"
@@ -188,13 +190,18 @@ def _check_objective(objective: Objective, settings: Settings) -> None:
         raise UserError(
             f"reference.mode={settings.reference.mode}: objective={name} has no reference; leave it out"
         )
+    if settings.reference.mode != "frozen" and settings.validation.share > 0.0:
+        raise UserError(
+            f"reference.mode={settings.reference.mode}: held-out accuracy needs the reference of step 0; set "
+            "validation.share=0 and use evaluate mode=implicit afterwards"
+        )
 
 
 def _examples_of(
     objective: Objective, settings: Settings, data: Any, prompts: str | list[str] | None, scorers: Any
 ) -> Examples:
     """Given pictures, or the policy's own; refuses the keys of the other kind."""
-    if objective.on_policy:
+    if _is_on_policy(objective):
         _refuse_given(objective, data=data)
         return OwnPictures(objective, settings, prompts, scorers)
     rollout = None if settings.rollout == RolloutSpec() else settings.rollout
@@ -202,11 +209,17 @@ def _examples_of(
     return GivenPictures(objective, settings, data)
 
 
+def _is_on_policy(objective: Objective) -> TypeGuard[OnPolicyObjective]:
+    from diffalign.objectives._base import OnPolicyObjective  # imports torch
+
+    return isinstance(objective, OnPolicyObjective)
+
+
 def _refuse_given(objective: Objective, **given: Any) -> None:
     """Refuses keys that mean nothing to an objective."""
     for key, value in given.items():
         if value is not None:
-            why = "draws its own pictures" if objective.on_policy else "trains on given pictures"
+            why = "draws its own pictures" if _is_on_policy(objective) else "trains on given pictures"
             raise UserError(f"{key} is set, but objective={plugin_name(objective)} {why}: leave {key} out")
 
 

@@ -33,6 +33,9 @@ def model_card(
         "library_name": "diffusers",
         "tags": ["diffalign", objective["name"], "lora" if recipe["adapter"]["kind"] == "lora" else "unet"],
     }
+    learned = f"{counts['used']} examples ({counts['asked']} rows read)"
+    if recipe["data"] is None:
+        learned = f"its own pictures of {counts['used']} prompts"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -40,7 +43,7 @@ def model_card(
 # {model["path"]} aligned with {objective["name"]}
 
 Trained with [diffalign](https://pypi.org/project/diffalign/) for {summary["steps"]} steps on \
-{counts["used"]} examples ({counts["asked"]} rows read).
+{learned}.
 
 ## Use
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet
@@ -15,7 +15,13 @@ from diffalign.training.specs import Settings
 
 
 class Feed(Protocol):
-    """An endless stream of micro-batches, numbered over all processes; a run may enter it anywhere."""
+    """An endless stream of micro-batches, numbered over all processes; a run may enter it anywhere.
+
+    Attributes:
+        why_empty: what it means, and what to do, when there is nothing to learn from for many steps.
+    """
+
+    why_empty: ClassVar[str]
 
     def micro_batches(self, start: int, rank: int, num_ranks: int) -> Iterator[tuple[Batch, Draws] | None]:
         """Micro-batches number `start + rank`, then every `num_ranks`-th, with their draws; on the CPU.
@@ -52,6 +58,8 @@ class Offline:
     settings: Settings
     num_timesteps: int
     noise: Literal["shared", "independent"] = "shared"
+
+    why_empty: ClassVar[str] = "there are no examples: give other data"
 
     def micro_batches(self, start: int, rank: int = 0, num_ranks: int = 1) -> Iterator[tuple[Batch, Draws]]:
         """Micro-batches of this rank, with their draws; on the CPU."""

@@ -5,37 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.data.prompts import load_prompts
 from diffalign.data.records import PICTURE_SUFFIXES, ImageRef
+from diffalign.objectives._base import OnPolicyObjective
 
 
-class Chooser(Protocol):
-    """What an on-policy objective says of its reward."""
-
-    reward: str
-    measure: str | None
-    exemplars: str | None
-    needs_exemplars: bool
-
-    def choose(self, rewards_a: Any, rewards_b: Any) -> Tensor:
-        """`[n]` probability that a is preferred, from rewards of single pictures."""
-        ...
-
-    def choose_sets(
-        self, features_a: Any, features_b: Any, set_reward: Any, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """The same from a reward of whole sets."""
-        ...
-
-
-def check_reward(objective: Chooser, scorer: Any) -> None:
+def check_reward(objective: OnPolicyObjective, scorer: Any) -> None:
     """Refuses, before anything is loaded, a scorer or exemplars that the reward cannot use.
 
     Raises:
@@ -49,15 +32,15 @@ def check_reward(objective: Chooser, scorer: Any) -> None:
             f"objective.reward={objective.reward} needs features, and scorer {name} has none: use one that "
             "embeds pictures, e.g. clip"
         )
-    if not objective.needs_exemplars:
+    if objective.exemplars is None:
         return
-    pictures, texts = _exemplars(str(objective.exemplars))
+    pictures, texts = _exemplars(objective.exemplars)
     if texts and not hasattr(scorer, "embed_texts"):
         raise UserError(
             f"objective.exemplars={objective.exemplars} holds texts, and scorer {name} reads pictures only: "
             "give a folder of pictures"
         )
-    least = 4 if objective.measure in ("precision", "recall") else 2  # three neighbours of each
+    least = objective.min_exemplars
     if len(pictures) + len(texts) < least:
         what = "texts" if texts else "pictures"
         raise UserError(
@@ -77,8 +60,8 @@ class Judge:
         batch_size: exemplars embedded at once.
     """
 
-    def __init__(self, objective: Chooser, scorer: Any, *, batch_size: int = 32) -> None:
-        from diffalign.scorers._set_rewards import exemplar_reward, set_reward
+    def __init__(self, objective: OnPolicyObjective, scorer: Any, *, batch_size: int = 32) -> None:
+        from diffalign.scorers import exemplar_reward, set_reward
 
         self._objective, self._scorer = objective, scorer
         self._set_reward: Any = None
@@ -86,8 +69,8 @@ class Judge:
         if objective.reward == "instance":
             return
         exemplars = None
-        if objective.needs_exemplars:
-            exemplars = _embed(*_exemplars(str(objective.exemplars)), scorer, batch_size)
+        if objective.exemplars is not None:
+            exemplars = self._embed(*_exemplars(objective.exemplars), batch_size)
         if objective.reward == "set":
             self._set_reward = set_reward(str(objective.measure), exemplars)
         else:
@@ -105,7 +88,7 @@ class Judge:
             features: Tensor = self._scorer.embed_images(pictures)
             return features.double()
         if self._exemplar_reward is not None:
-            return torch.as_tensor(self._exemplar_reward(self._scorer.embed_images(pictures))).double()
+            return torch.as_tensor(self._exemplar_reward(self._features(pictures))).double()
         needed = contexts if "context" in self._scorer.needs else None
         scores = self._scorer.score(pictures, prompts, context=needed)
         values: Tensor = scores.values.double().cpu()
@@ -116,6 +99,24 @@ class Judge:
                     f"{f' ({error})' if error else ''}: leave the prompt out, or use another scorer"
                 )
         return values if self._scorer.higher_is_better else -values
+
+    def _features(self, pictures: list[Any]) -> Tensor:
+        """`[B, d]` features, or `[B, p, d]` of p views of each picture."""
+        if not self._objective.views:
+            features: Tensor = self._scorer.embed_images(pictures)
+            return features
+        pieces = [piece for picture in pictures for piece in _views(picture)]
+        return self._scorer.embed_images(pieces).unflatten(0, (len(pictures), -1))
+
+    def _embed(self, pictures: list[Path], texts: list[str], batch_size: int) -> Tensor:
+        """Features `[m, d]` float64 of exemplars; every view of a picture is one."""
+        rows = []
+        for start in range(0, len(pictures), batch_size):
+            opened = [ImageRef(path=path).open() for path in pictures[start : start + batch_size]]
+            rows.append(self._features(opened).flatten(0, -2))
+        for start in range(0, len(texts), batch_size):
+            rows.append(self._scorer.embed_texts(texts[start : start + batch_size]))
+        return torch.cat(rows).double()
 
     def targets(
         self, seen_a: Tensor, seen_b: Tensor, generator: torch.Generator
@@ -149,13 +150,8 @@ def _exemplars(source: str) -> tuple[list[Path], list[str]]:
     raise UserError(f"objective.exemplars={source} does not exist: give a folder of pictures or a text file")
 
 
-def _embed(pictures: list[Path], texts: list[str], scorer: Any, batch_size: int) -> Tensor:
-    """Features `[m, d]` float64."""
-    rows = [
-        scorer.embed_images([ImageRef(path=p).open() for p in pictures[start : start + batch_size]])
-        for start in range(0, len(pictures), batch_size)
-    ]
-    rows += [
-        scorer.embed_texts(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)
-    ]
-    return torch.cat(rows).double()
+def _views(picture: Image.Image) -> list[Image.Image]:
+    """The picture and its four quarters, in the place of a song's frames: a reconstruction."""
+    x, y = (picture.width + 1) // 2, (picture.height + 1) // 2
+    corners = [(left, top) for top in (0, picture.height - y) for left in (0, picture.width - x)]
+    return [picture, *(picture.crop((left, top, left + x, top + y)) for left, top in corners)]

@@ -121,6 +121,8 @@ def fit(run: Run) -> dict[str, Any]:
         if state.step == 0 and run.ranks.is_main:
             run.watch.look(run.model, 0, log)
         _steps(run, state, log)
+    if state.counters["empty_steps"] == state.step > 0:
+        raise UserError(f"all {state.step} steps taught nothing: {run.feed.why_empty}")
     return {"steps": state.step, **state.counters, **run.watch.summary()}
 
 
@@ -255,10 +257,7 @@ def _timed_step(
     num_groups = run.ranks.total(sum(batch.num_groups for batch, _ in micro))
     loss = _optimizer_step(run, state, micro, num_groups) if num_groups else math.nan
     if state.count("empty", happened=not num_groups):
-        raise UserError(
-            f"{MAX_SKIPS_IN_A_ROW + 1} steps in a row had no pair of which one picture is better: the reward "
-            "does not tell them apart; use another scorer or a larger loader.batch_size"
-        )
+        raise UserError(f"{MAX_SKIPS_IN_A_ROW + 1} steps in a row taught nothing: {run.feed.why_empty}")
     state.step += 1
     _update_reference(run, state.step)
     return loss, num_groups / (time.perf_counter() - started)
@@ -348,7 +347,8 @@ def _log(run: Run, state: _State, log: MetricsLog) -> None:
     if not report:
         return
     rate = learning_rate(run.settings.optimizer, state.step - 1, run.settings.num_steps)
-    row = {**report, "lr": rate, "skipped_steps": state.counters["skipped_steps"]}
+    totals = {name: state.counters[name] for name in ("skipped_steps", "empty_steps")}
+    row = {**report, "lr": rate, **totals}
     log.write("train", state.step, row)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffalign.common.errors import UserError
+
+
+def launched() -> int:
+    """How many processes this run was started with, before any of them talks (torchrun says so)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
 
 BUCKET_ELEMENTS = 2**25
 """Numbers sent at once: enough to fill a network, little beside a model."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,15 +25,11 @@ from diffalign.data.prompts import Prompt
 from diffalign.data.specs import PreprocessSpec
 from diffalign.diffusion.likelihood import Draws
 from diffalign.models._base import Model
-from diffalign.objectives._base import Objective
+from diffalign.objectives._base import OnPolicyObjective
 from diffalign.training.judge import Judge
 from diffalign.training.ranks import Ranks
 from diffalign.training.sampling import training_draws
 from diffalign.training.specs import Settings
-
-MIN_SET = 4
-"""Pictures that a reward of a set needs at least: recall looks at three neighbours."""
-
 
 UNREAD = {
     "preprocess": ("buckets", "crop", "flip", "size_conditioning"),
@@ -42,7 +38,7 @@ UNREAD = {
 """Section -> its keys that say how given pictures are read."""
 
 
-def check_rollout(objective: Objective, settings: Settings) -> None:
+def check_rollout(objective: OnPolicyObjective, settings: Settings, num_ranks: int) -> None:
     """Refuses, before anything is loaded, sizes that a rollout cannot have and keys that it does not read."""
     for section, names in UNREAD.items():
         spec = getattr(settings, section)
@@ -55,13 +51,12 @@ def check_rollout(objective: Objective, settings: Settings) -> None:
     size = settings.loader.batch_size
     if objective.unit == "single" and size % 2:
         raise UserError(f"loader.batch_size={size}: a prompt gives two pictures here, use an even number")
-    pairs = (
-        settings.rollout.steps * settings.accumulation * (size // 2 if objective.unit == "single" else size)
-    )
-    if getattr(objective, "reward", None) == "set" and pairs < MIN_SET:
+    pairs = settings.rollout.steps * settings.accumulation * num_ranks
+    pairs *= size // 2 if objective.unit == "single" else size
+    if pairs < objective.min_pairs:
         raise UserError(
-            f"a rollout of {pairs} pairs is too small for a reward of sets: raise rollout.steps or "
-            "loader.batch_size"
+            f"a rollout of {pairs} pairs is too small for this reward, which needs {objective.min_pairs}: "
+            "raise rollout.steps or loader.batch_size"
         )
 
 
@@ -90,7 +85,7 @@ class Rollout:
     picture is better are left out, so that micro-batches may be smaller, or None.
 
     Args:
-        model: drawn with; its text encoders are not needed any more, its VAE stays.
+        model: drawn with; of its parts only the network and the VAE, which comes back when it is dropped.
         objective: its unit says whether the two pictures of a prompt are a pair or two examples.
         judge: of the pictures.
         prompts: what is drawn.
@@ -101,7 +96,7 @@ class Rollout:
     """
 
     model: Model
-    objective: Objective
+    objective: OnPolicyObjective
     judge: Judge
     prompts: Sequence[Prompt]
     texts: EncodedSet
@@ -113,6 +108,12 @@ class Rollout:
     _drawn: Drawn | None = field(default=None, init=False)
     _batches: dict[int, Batch | None] = field(default_factory=dict, init=False)
     _news: list[dict[str, float]] = field(default_factory=list, init=False)
+    _order: tuple[int, Sequence[int]] = field(default=(-1, ()), init=False)
+
+    why_empty: ClassVar[str] = (
+        "of no pair one picture is better: the reward does not tell them apart; use another scorer or a "
+        "larger loader.batch_size"
+    )
 
     @property
     def _micro_batches_a_rank(self) -> int:
@@ -264,8 +265,10 @@ class Rollout:
     def _prompt(self, number: int) -> Prompt:
         """The prompt of the pair `number` of the run: all prompts in a new order, again and again."""
         epoch, place = divmod(number, len(self.prompts))
-        order = draws.permutation(len(self.prompts), self.settings.seed, "rollout-order", epoch)
-        return self.prompts[int(order[place])]
+        if self._order[0] != epoch:
+            order = draws.permutation(len(self.prompts), self.settings.seed, "rollout-order", epoch)
+            self._order = (epoch, [int(number) for number in order])
+        return self.prompts[self._order[1][place]]
 
     def _embedded(self, texts: list[str]) -> tuple[Conditioning, Conditioning]:
         rows = torch.tensor([self.texts.prompt_rows[text] for text in texts])

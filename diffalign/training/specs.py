@@ -138,6 +138,9 @@ class ReferenceSpec:
     def __post_init__(self) -> None:
         if self.mode not in ("frozen", "ema", "refresh"):
             raise unknown("reference.mode", self.mode, ("frozen", "ema", "refresh"))
+        for name in {"frozen": ("every", "decay"), "refresh": ("decay",)}.get(self.mode, ()):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"reference.{name} means nothing in reference.mode={self.mode}: leave it out")
         if self.every < 1:
             raise UserError(f"reference.every is {self.every}: use 1 or more")
         if not 0.0 <= self.decay < 1.0:

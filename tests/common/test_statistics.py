@@ -8,6 +8,7 @@ import pytest
 from diffalign.common.statistics import (
     Interval,
     bootstrap_interval,
+    jackknife_interval,
     paired_difference,
     sign_test,
     win_rate,
@@ -119,3 +120,20 @@ def test_interval_reads_well() -> None:
     interval = Interval(0.71, 0.645, 0.7704, 250, 0.95)
     assert str(interval) == "0.710 [0.645, 0.770] (n=250)"
     assert interval.as_dict() == {"estimate": 0.71, "low": 0.645, "high": 0.7704, "n": 250, "level": 0.95}
+
+
+def test_the_jackknife_of_a_mean_is_the_textbook_interval() -> None:
+    """Of single values the jackknife's standard error of the mean is s / sqrt(n), by hand."""
+    values = np.array([1.0, 2.0, 4.0, 5.0])
+    found = jackknife_interval(lambda keep: float(values[keep].mean()), clusters=range(4))
+    reach = 1.959964 * math.sqrt(np.var(values, ddof=1) / 4)
+    assert found.estimate == 3.0 and found.n == 4
+    assert [found.low, found.high] == pytest.approx([3.0 - reach, 3.0 + reach], rel=1e-6)
+
+
+def test_the_jackknife_leaves_out_whole_clusters() -> None:
+    values = np.array([1.0, 1.0, 5.0, 5.0])
+    found = jackknife_interval(lambda keep: float(values[keep].mean()), clusters=["a", "a", "b", "b"])
+    assert found.high - found.estimate == pytest.approx(1.959964 * 2.0, rel=1e-6)
+    with pytest.raises(ValueError, match="two clusters"):
+        jackknife_interval(lambda keep: 0.0, clusters=["a", "a"])

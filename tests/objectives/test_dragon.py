@@ -19,6 +19,7 @@ from diffalign.diffusion.denoiser import Denoiser, FrozenCopy
 from diffalign.diffusion.likelihood import Draws
 from diffalign.diffusion.process import Process
 from diffalign.objectives import dragon
+from diffalign.objectives._base import OnPolicyObjective
 from diffalign.objectives.dragon import Plugin, choose_within_pairs, swap_demonstrations
 from diffalign.scorers import exemplar_reward, frechet_distance, set_reward
 from diffalign.scorers._set_rewards import EXEMPLAR_MEASURES, SET_MEASURES
@@ -314,7 +315,7 @@ def test_the_measures_are_those_that_the_scorers_have() -> None:
 
 def test_what_it_is() -> None:
     paired, unpaired = Plugin(), Plugin(surrogate="kto")
-    assert paired.on_policy and paired.uses_reference and paired.noise == "shared"
+    assert isinstance(paired, OnPolicyObjective) and paired.uses_reference and paired.noise == "shared"
     assert (paired.unit, paired.undesirable) == ("pair", False)
     assert (unpaired.unit, unpaired.undesirable) == ("single", True)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import get
+from diffalign.data.records import Candidate, ImageRef, Record, Score
 from diffalign.data.select import ScoreFacts
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_loss
 from diffalign.objectives.rankdpo import Plugin, discounted_gain_weights, rankdpo_loss
@@ -211,6 +212,37 @@ def test_a_scorer_that_the_manifest_does_not_know_is_refused_at_once() -> None:
     Plugin(scorers=["clop"]).check_data({})  # nothing is known: seen when the records are read
     with pytest.raises(UserError, match=r"unknown scorer in objective\.scorers 'clop': did you mean 'clip'"):
         Plugin(scorers=["clop"]).check_data(facts)
+
+
+def scored(values: dict[str, list[float]], scale: str = "cosine", version: str = "1") -> Record:
+    """A list whose pictures have these scores."""
+    count = len(next(iter(values.values())))
+    return Record(
+        "r",
+        "a thing",
+        [
+            Candidate(
+                ImageRef(name=f"r:{k}"),
+                scores={name: Score(row[k], scale, version) for name, row in values.items()},
+            )
+            for k in range(count)
+        ],
+    )
+
+
+def test_scores_of_two_scales_or_versions_are_refused() -> None:
+    objective = Plugin()
+    assert objective.reject(scored({"clip": [0.2, 0.3]})) is None
+    with pytest.raises(UserError, match=r"'clip' score is on the scale logits, expected cosine: score all"):
+        objective.reject(scored({"clip": [20.0, 30.0]}, scale="logits"))
+    with pytest.raises(UserError, match="'clip' score is of version 2, expected 1"):
+        objective.reject(scored({"clip": [0.2, 0.3]}, version="2"))
+    known = Plugin(scorers=["clip"])
+    known.check_data({"clip": ScoreFacts("logits", "1", 10.0, 30.0)})
+    with pytest.raises(UserError, match="on the scale cosine, expected logits"):
+        known.reject(scored({"clip": [0.2, 0.3]}))
+    mixed = scored({"clip": [20.0, 30.0], "other": [0.1, 0.2]}, scale="logits")
+    assert known.reject(mixed) is None  # what other scorers say is not read
 
 
 def test_the_name() -> None:

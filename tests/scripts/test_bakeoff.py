@@ -46,6 +46,7 @@ def row(phase: str, method: str, setting: int, seed: int, wins: str, **changes: 
         "evaluations": {"learning": 20_000, "drawing": 30_000},
         "seconds": 3600.0,
         "core_seconds": 300.0,
+        "drawing_core_seconds": 0.0,
         "cell_core_seconds": 1800.0,
         "peak_gb": 1.5,
         **changes,
@@ -86,12 +87,14 @@ def test_the_page_shows_every_setting_and_what_it_took(report: Any) -> None:
     rows = [row("tune", "dpo", 0, 0, "1122"), row("tune", "dpo", 1, 0, "2222")]
     rows.append(row("test", "dpo", 1, 0, "22222211"))
     rows.append(row("asked", "dpo", 0, 0, "2222"))
+    rows.append(row("test", "dpo", 0, 0, "0000"))  # of a setting that was chosen once: not pooled
+    rows.append({"phase": "prepare", "seed": 1, "drafts_core_seconds": 500.0, "cell_core_seconds": 1800.0})
     text = report.as_markdown(rows, ["dpo", "sft"], ("dragon_set",))
     assert text.count("**dpo**") == 1 and "Asked afterwards" in text
-    assert "4 cells, 2.0 hours of one core" in text
+    assert "5 cells, 3.0 hours of one core" in text
     assert "| dpo | lr 0.0001, groups 16 | 0.750 | +10.0 | - |" in text
     assert "| **dpo** | lr 0.0002, groups 16 | 1.000 | +10.0 | - |" in text
     # 0.875 of the pictures won: 37.5 points above one half, for 20,000 or 50,000 evaluations.
-    assert "| dpo | 20,000 | 1.88 | 50,000 | 0.75 | 300 | 1.50 | 0.050, 0.100 |" in text
+    assert "| dpo | 20,000 | 1.88 | 50,000 | 0.75 | 300 | 800 | 1.50 | 0.050, 0.100 |" in text
     assert "| dpo beats the base: interval above one half | yes |" in text
     assert "sft" not in text

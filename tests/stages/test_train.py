@@ -186,6 +186,10 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
             "objective=sft validation.share=0.5",
             "validation.share=0.5 needs given pairs, objective=sft trains on single",
         ),
+        (
+            "reference.mode=ema validation.share=0.5",
+            "reference.mode=ema: held-out accuracy needs the reference of step 0",
+        ),
         ("validation.share=0.0001", "leaves 6 training and 0 held-out examples"),
         ("data.max_bad_share=0.05", "max_bad_share=0.05"),
         ("model.vae=/nowhere", "model.vae /nowhere does not exist"),

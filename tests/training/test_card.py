@@ -17,11 +17,17 @@ from diffalign.training.card import model_card
 from tests.tiny_training import perturb
 
 
-def card(model: dict[str, Any], *, kind: str = "lora") -> str:
-    recipe = {"model": model, "objective": {"name": "sft"}, "adapter": {"kind": kind}}
+def card(model: dict[str, Any], *, kind: str = "lora", data: Any = "jsonl") -> str:
+    recipe = {"model": model, "objective": {"name": "sft"}, "adapter": {"kind": kind}, "data": data}
     return model_card(
         recipe, base_identity="0123", counts={"used": 1, "asked": 1, "dropped": {}}, summary={"steps": 1}
     )
+
+
+def test_what_was_learned_from() -> None:
+    model = {"name": "sdxl", "path": "org/base"}
+    assert "for 1 steps on 1 examples (1 rows read)." in card(model)
+    assert "for 1 steps on its own pictures of 1 prompts." in card(model, data=None)
 
 
 def code(text: str) -> str:

@@ -18,7 +18,9 @@ from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.objectives.dragon import Plugin as Dragon
+from diffalign.scorers import set_reward
 from diffalign.scorers._base import Scorer, Scores
+from diffalign.scorers.clip import Plugin as CLIP
 from diffalign.training import loop
 from diffalign.training.checkpoint import load_latest
 from diffalign.training.judge import Judge, check_reward
@@ -26,6 +28,7 @@ from diffalign.training.ranks import Ranks
 from diffalign.training.rollout import Rollout, check_rollout, embed_prompts
 from diffalign.training.setup import accelerator_for
 from diffalign.training.specs import CheckpointSpec, OptimizerSpec, RolloutSpec, Settings
+from tests.tiny_clip import write_open_clip
 from tests.tiny_training import make_run, make_set
 
 PROMPTS = load_prompts(["a ring", "a cube", "a cat"])
@@ -137,18 +140,20 @@ def test_kto_gets_single_pictures_of_both_kinds(model: Any) -> None:
 
 def test_sizes_that_a_rollout_cannot_have_are_refused() -> None:
     with pytest.raises(UserError, match=r"loader\.batch_size=3: a prompt gives two pictures"):
-        check_rollout(Dragon(surrogate="kto"), Settings(loader=LoaderSpec(batch_size=3)))
-    with pytest.raises(UserError, match="a rollout of 3 pairs is too small for a reward of sets"):
-        check_rollout(Dragon(reward="set", measure="vendi"), Settings(loader=LoaderSpec(batch_size=3)))
-    check_rollout(Dragon(reward="set", measure="vendi"), Settings(loader=LoaderSpec(batch_size=4)))
+        check_rollout(Dragon(surrogate="kto"), Settings(loader=LoaderSpec(batch_size=3)), 1)
+    recall = Dragon(reward="set", measure="recall", exemplars="folder")
+    with pytest.raises(UserError, match="a rollout of 3 pairs is too small for this reward, which needs 4"):
+        check_rollout(recall, Settings(loader=LoaderSpec(batch_size=3)), 1)
+    check_rollout(recall, Settings(loader=LoaderSpec(batch_size=4)), 1)
+    check_rollout(recall, Settings(loader=LoaderSpec(batch_size=2)), 2)  # a set is of all processes
 
 
 def test_keys_of_given_pictures_are_refused() -> None:
     with pytest.raises(UserError, match=r"preprocess\.flip is of given pictures, and objective=dragon draws"):
-        check_rollout(Dragon(), Settings(preprocess=PreprocessSpec(flip=True)))
+        check_rollout(Dragon(), Settings(preprocess=PreprocessSpec(flip=True)), 1)
     with pytest.raises(UserError, match=r"loader\.posterior is of given pictures"):
-        check_rollout(Dragon(), Settings(loader=LoaderSpec(posterior="mean")))
-    check_rollout(Dragon(), Settings(preprocess=PreprocessSpec(resolution=64)))
+        check_rollout(Dragon(), Settings(loader=LoaderSpec(posterior="mean")), 1)
+    check_rollout(Dragon(), Settings(preprocess=PreprocessSpec(resolution=64)), 1)
 
 
 def run_of(model: Any, out: Path, levels: int | None = None, **changes: Any) -> loop.Run:
@@ -204,8 +209,26 @@ def test_rollouts_of_another_size_are_refused(model: Any) -> None:
 
 
 def test_a_reward_that_never_decides_is_no_training(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="26 steps in a row had no pair of which one picture is better"):
+    with pytest.raises(UserError, match="26 steps in a row taught nothing: of no pair one picture is better"):
         loop.fit(run_of(model, tmp_path / "run", levels=1, num_steps=40))
+
+
+def test_a_picture_and_its_quarters_are_compared_with_exemplars(tmp_path: Path) -> None:
+    """The corner of one picture is another colour: a distance of one feature a picture sees only its mean."""
+    white, spotted = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8), "white")
+    spotted.paste((0, 0, 0), (0, 0, 4, 4))
+    for number in range(2):
+        spotted.save(tmp_path / f"{number}.png")
+
+    class Mean:
+        def embed_images(self, pictures: list[Any]) -> torch.Tensor:
+            means = [ImageStat.Stat(picture).mean for picture in pictures]
+            return torch.tensor(means) / 255.0
+
+    grey = Image.new("RGB", (8, 8), (191, 191, 191))  # the mean of the spotted one
+    judge = Judge(Dragon(reward="exemplar", measure="frechet", exemplars=str(tmp_path)), Mean())
+    values = judge.look([spotted, grey, white], ["", "", ""], [None] * 3)
+    assert values.argmax() == 0 and values[0] > values[1] + 0.1 and values[1] > values[2]
 
 
 def test_a_picture_without_a_value_names_its_prompt(model: Any) -> None:
@@ -219,10 +242,10 @@ def test_a_picture_without_a_value_names_its_prompt(model: Any) -> None:
         take(make_rollout(model, scorer=Blind()), 1)
 
 
-def test_a_step_without_a_decided_pair_is_counted_and_changes_nothing(model: Any, tmp_path: Path) -> None:
+def test_a_run_that_learned_nothing_is_refused_and_changes_nothing(model: Any, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
-    summary = loop.fit(run_of(model, tmp_path / "run", levels=1))
-    assert summary["empty_steps"] == summary["steps"] == 5
+    with pytest.raises(UserError, match="all 5 steps taught nothing: of no pair one picture is better"):
+        loop.fit(run_of(model, tmp_path / "run", levels=1))
     for name, tensor in model.trained_state().items():
         assert torch.equal(tensor, before[name])
 
@@ -251,11 +274,90 @@ class Embedding(Brightness):
         return torch.tensor([ImageStat.Stat(image.convert("RGB")).mean for image in images])
 
 
-def test_a_set_reward_prefers_pictures_that_make_the_set_better(model: Any, tmp_path: Path) -> None:
+def features_of(model: Any, rollout: Rollout, scorer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the scorer makes of the pictures of a rollout of four pairs, and which of each is preferred."""
+    batches = [batch for batch, _ in take(rollout, 2)]
+    targets = torch.cat([batch.target for batch in batches])
+    assert len(targets) == 4
+    pictures = model.pictures(torch.cat([batch.latents for batch in batches]), ["x"] * 8, [0] * 8)
+    return scorer.embed_images(pictures).double().unflatten(0, (4, 2)), targets
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_set_reward_prefers_pictures_that_make_the_set_better(
+    seed: int, model: Any, tmp_path: Path
+) -> None:
+    """The chosen set beats both that it could start from (a's own and b's own): some places were swapped."""
     for name, colour in (("a", "white"), ("b", "lightgrey")):
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
-    objective = Dragon(reward="set", measure="mmd", exemplars=str(tmp_path))
-    rollout = make_rollout(model, objective=objective, scorer=Embedding())
-    assert len(take(rollout, 2)) == 2
+    objective, scorer = Dragon(reward="set", measure="mmd", exemplars=str(tmp_path)), Embedding()
+    rollout = make_rollout(model, objective=objective, scorer=scorer, seed=seed)
+    features, targets = features_of(model, rollout, scorer)
+    exemplars = scorer.embed_images([Image.open(path) for path in sorted(tmp_path.iterdir())])
+    reward = set_reward("mmd", exemplars.double())
+    chosen = torch.where((targets == 1.0)[:, None], features[:, 0], features[:, 1])
+    starts = [reward(features[:, side]) for side in (0, 1)]
     (row,) = rollout.news()
-    assert row["reward_chosen"] >= row["reward"]
+    assert row["decided"] == 1.0 and 0.0 < targets.mean() < 1.0
+    assert row["reward_chosen"] == pytest.approx(reward(chosen), abs=1e-6)
+    assert row["reward"] == pytest.approx(sum(starts) / 2, abs=1e-6)
+    assert row["reward_chosen"] > max(starts) + 1e-4
+
+
+@pytest.mark.parametrize("measure", ["mean_cosine", "nearest", "frechet"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_picture_that_the_exemplars_show_is_preferred_to_the_other(
+    side: int, measure: str, model: Any, tmp_path: Path
+) -> None:
+    """The rollout is drawn a second time, with one picture of its second pair as both exemplars."""
+    (batch, _), _ = take(make_rollout(model), 2)
+    drawn = model.pictures(batch.latents, ["x"] * 4, [0] * 4)
+    for name in ("a", "b"):
+        drawn[2 + side].save(tmp_path / f"{name}.png")
+    objective = Dragon(reward="exemplar", measure=measure, exemplars=str(tmp_path))
+    rollout = make_rollout(model, objective=objective, scorer=Embedding())
+    (again, _), _ = take(rollout, 2)
+    assert torch.equal(again.latents, batch.latents)
+    assert again.target[1].item() == 1.0 - side
+    (row,) = rollout.news()
+    assert row["decided"] == 1.0 and row["reward_chosen"] > row["reward"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return CLIP(path=str(write_open_clip(tmp_path_factory.mktemp("clip")))).load()
+
+
+TEXTS = ["a red circle", "a blue square"]
+
+
+@pytest.mark.parametrize("measure", ["mean_cosine", "nearest"])
+def test_the_picture_nearer_to_the_exemplars_texts_is_preferred(
+    measure: str, clip: Any, model: Any, tmp_path: Path
+) -> None:
+    """By an encoder of both; the two measures do not agree on every pair of this rollout."""
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    objective = Dragon(reward="exemplar", measure=measure, exemplars=str(tmp_path / "texts.txt"))
+    check_reward(objective, clip)
+    rollout = make_rollout(model, objective=objective, scorer=clip)
+    features, targets = features_of(model, rollout, clip)
+    cosines = features @ clip.embed_texts(TEXTS).double().T
+    rewards = cosines.mean(-1) if measure == "mean_cosine" else cosines.amax(-1)
+    assert torch.equal(targets, (rewards[:, 0] > rewards[:, 1]).float())
+    other = cosines.amax(-1) if measure == "mean_cosine" else cosines.mean(-1)
+    assert not torch.equal(targets, (other[:, 0] > other[:, 1]).float())
+    (row,) = rollout.news()
+    assert row["reward"] == pytest.approx(rewards.mean().item(), abs=1e-5)
+    assert row["reward_chosen"] == pytest.approx(rewards.amax(1).mean().item(), abs=1e-5)
+
+
+def test_a_set_of_pictures_can_be_drawn_towards_texts(clip: Any, model: Any, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    objective = Dragon(reward="set", measure="mmd", exemplars=str(tmp_path / "texts.txt"))
+    rollout = make_rollout(model, objective=objective, scorer=clip)
+    features, targets = features_of(model, rollout, clip)
+    reward = set_reward("mmd", clip.embed_texts(TEXTS).double())
+    chosen = torch.where((targets == 1.0)[:, None], features[:, 0], features[:, 1])
+    (row,) = rollout.news()
+    assert row["reward_chosen"] == pytest.approx(reward(chosen), abs=1e-5)
+    assert row["reward_chosen"] > max(reward(features[:, side]) for side in (0, 1)) + 1e-4

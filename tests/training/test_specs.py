@@ -9,7 +9,7 @@ import pytest
 
 from diffalign.common.errors import UserError
 from diffalign.training.loop import learning_rate
-from diffalign.training.specs import CheckpointSpec, OptimizerSpec, SampleSpec, ValidationSpec
+from diffalign.training.specs import CheckpointSpec, OptimizerSpec, ReferenceSpec, SampleSpec, ValidationSpec
 
 
 def rates(num_steps: int, **options: Any) -> list[float]:
@@ -65,3 +65,19 @@ def test_a_run_shorter_than_its_warm_up() -> None:
 def test_settings_that_cannot_be_used_are_refused(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 0.5}, r"reference\.decay means nothing in reference\.mode=frozen: leave it out"),
+        ({"every": 5}, r"reference\.every means nothing in reference\.mode=frozen"),
+        ({"mode": "refresh", "decay": 0.5}, r"reference\.decay means nothing in reference\.mode=refresh"),
+    ],
+)
+def test_a_key_that_the_references_mode_does_not_read_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ReferenceSpec(**options)
+    ReferenceSpec(mode="ema", every=5, decay=0.5)
