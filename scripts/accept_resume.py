@@ -31,7 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffalign.common import files
-from diffalign.data.records import Candidate, ImageRef, Record, write_records
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record, write_records
 from diffalign.models.sdxl import Plugin as SDXL
 
 PAIRS, PROMPTS, STEPS, EVERY = 30, 12, 600, 10

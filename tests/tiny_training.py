@@ -14,7 +14,8 @@ from torch import Tensor
 from diffalign.common.conditioning import Conditioning
 from diffalign.data.batches import Batch
 from diffalign.data.cache import EncodedSet, Example
-from diffalign.data.records import Candidate, ImageRef, Record
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record
 from diffalign.data.select import Group
 from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.likelihood import Draws

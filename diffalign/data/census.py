@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from diffalign.data.records import BadImage, BadLabel, Record, digest
+from diffalign.data.pictures import BadImage, digest
+from diffalign.data.records import BadLabel, Record
 from diffalign.data.select import MIN_SIDE
 
 __all__ = ["LONG_CAPTION", "Census", "Finding", "clip_pieces", "findings", "inspect"]

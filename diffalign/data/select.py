@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from diffalign.common.errors import UserError
-from diffalign.data.records import BadImage, BadLabel, Candidate, Record
+from diffalign.data.pictures import BadImage
+from diffalign.data.records import BadLabel, Candidate, Record
 
 __all__ = [
     "BAD_REASONS",

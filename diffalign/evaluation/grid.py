@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from diffalign.data.records import BadImage
+from diffalign.data.pictures import BadImage
 from diffalign.evaluation.pairs import Pair, Shot
 
 SIDE = 224

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.common.errors import UserError
-from diffalign.data.records import ImageRef, Score
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Score
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def _drift(
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the drift measures and the ids of pairs with a picture that cannot be read."""
     from diffalign.common.progress import Progress
-    from diffalign.data.records import BadImage
+    from diffalign.data.pictures import BadImage
 
     meter = DriftMeter(embedder, batch_size=batch_size)
     unreadable = []

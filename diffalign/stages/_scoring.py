@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.common import files
 from diffalign.common.errors import UserError
-from diffalign.data.records import PICTURE_SUFFIXES
+from diffalign.data.pictures import PICTURE_SUFFIXES
 from diffalign.stages._run import refuse_unfinished
 
 if TYPE_CHECKING:
-    from diffalign.data.records import ImageRef
+    from diffalign.data.pictures import ImageRef
     from diffalign.scorers import Scorer, Scores
 
 ROW_FILES = ("images.jsonl", "scores.jsonl")
@@ -106,7 +106,7 @@ def _picture_files(folder: Path) -> list[Row]:
 
 def digests(rows: Sequence[Row], folder: Path) -> list[str | None]:
     """Returns what identifies each picture's bytes, None for a missing one; it reads every picture once."""
-    from diffalign.data.records import BadImage
+    from diffalign.data.pictures import BadImage
 
     found: list[str | None] = []
     for row in rows:
@@ -143,7 +143,7 @@ def score_batches(
 
     A picture that cannot be decoded scores NaN (null on disk) under every scorer and says why in `errors`.
     """
-    from diffalign.data.records import BadImage
+    from diffalign.data.pictures import BadImage
 
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -165,7 +165,7 @@ def score_batches(
 
 
 def _picture(row: Row, folder: Path) -> ImageRef:
-    from diffalign.data.records import ImageRef
+    from diffalign.data.pictures import ImageRef
 
     return ImageRef(path=folder / row["image"], name=row["image"])
 

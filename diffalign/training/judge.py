@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
+from diffalign.data.pictures import PICTURE_SUFFIXES, ImageRef
 from diffalign.data.prompts import load_prompts
-from diffalign.data.records import PICTURE_SUFFIXES, ImageRef
 from diffalign.objectives._base import OnPolicyObjective
 
 
@@ -84,21 +84,26 @@ class Judge:
         Raises:
             UserError: the scorer has no value for a picture; names its prompt.
         """
-        if self._set_reward is not None:
-            features: Tensor = self._scorer.embed_images(pictures)
-            return features.double()
-        if self._exemplar_reward is not None:
-            return torch.as_tensor(self._exemplar_reward(self._features(pictures))).double()
+        if self._objective.reward != "instance":
+            features = self._features(pictures)
+            for row, prompt in zip(features, prompts, strict=True):
+                self._refuse_unless(bool(row.isfinite().all()), "features that are not finite", prompt)
+            if self._set_reward is not None:
+                return features.double()
+            return torch.as_tensor(self._exemplar_reward(features)).double()
         needed = contexts if "context" in self._scorer.needs else None
         scores = self._scorer.score(pictures, prompts, context=needed)
         values: Tensor = scores.values.double().cpu()
         for value, prompt, error in zip(values.tolist(), prompts, scores.errors, strict=True):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"scorer {plugin_name(self._scorer)} gives {value} for a picture of {prompt!r}"
-                    f"{f' ({error})' if error else ''}: leave the prompt out, or use another scorer"
-                )
+            self._refuse_unless(math.isfinite(value), str(value), prompt, error)
         return values if self._scorer.higher_is_better else -values
+
+    def _refuse_unless(self, usable: bool, given: str, prompt: str, error: str | None = None) -> None:
+        if not usable:
+            raise UserError(
+                f"scorer {plugin_name(self._scorer)} gives {given} for a picture of {prompt!r}"
+                f"{f' ({error})' if error else ''}: leave the prompt out, or use another scorer"
+            )
 
     def _features(self, pictures: list[Any]) -> Tensor:
         """`[B, d]` features, or `[B, p, d]` of p views of each picture."""

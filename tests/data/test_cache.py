@@ -14,7 +14,8 @@ from diffalign.common.errors import UserError
 from diffalign.data.buckets import PreprocessSpec
 from diffalign.data.cache import EncodedSet, ratings
 from diffalign.data.cache import encode as encode_groups
-from diffalign.data.records import Candidate, ImageRef, Score
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Score
 from diffalign.data.select import Group
 from diffalign.models.sdxl import Plugin
 from tests.tiny_training import make_pair, picture

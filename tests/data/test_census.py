@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from diffalign.data.census import Census, clip_pieces, findings
-from diffalign.data.records import Candidate, ImageRef, Record
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record
 from diffalign.data.select import UsableGroups
 from diffalign.data.sources.pickapic import to_record
 from tests.pickapic_files import BLUE, RED, jpeg, messy_rows, row

@@ -12,16 +12,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from diffalign.common.errors import UserError
-from diffalign.data.records import (
-    BadImage,
-    BadLabel,
-    Candidate,
-    ImageRef,
-    Record,
-    Score,
-    read_records,
-    write_records,
-)
+from diffalign.data.pictures import BadImage, ImageRef
+from diffalign.data.records import BadLabel, Candidate, Record, Score, read_records, write_records
 from tests.pickapic_files import jpeg
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diffalign.common.config import load_recipe, make_one
 from diffalign.common.errors import UserError
-from diffalign.data.records import Candidate, ImageRef, Record
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_loss
 from diffalign.objectives.mapo import Plugin, log_phi, mapo_logit, mapo_loss
 from diffalign.stages.train import train

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import get
-from diffalign.data.records import Candidate, ImageRef, Record, Score
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record, Score
 from diffalign.data.select import ScoreFacts
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_loss
 from diffalign.objectives.rankdpo import Plugin, discounted_gain_weights, rankdpo_loss

@@ -11,7 +11,8 @@ import torch
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.data.batches import Batch
-from diffalign.data.records import Candidate, ImageRef, Record, Score
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record, Score
 from diffalign.objectives._relevance import batch_relevance, present
 from diffalign.objectives.rankdpo import Plugin
 

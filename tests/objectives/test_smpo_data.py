@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from diffalign.common.errors import UserError
-from diffalign.data.records import Candidate, ImageRef, Record, Score
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record, Score
 from diffalign.data.select import ScoreFacts
 from diffalign.objectives.smpo import Plugin
 from tests.objectives.smpo_toy import PICKSCORE, plugin, toy, toy_batch

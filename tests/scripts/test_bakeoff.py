@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from diffalign.common import files
+from diffalign.demo import walk
+from diffalign.models import load_model
+from diffalign.models._spec import AdapterSpec
+from diffalign.scorers import frechet_distance
+from diffalign.training import loop
+from tests.tiny_training import make_run, make_set
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 GAIN = {"estimate": 0.1, "low": 0.02, "high": 0.2, "n": 4, "level": 0.95}
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """bakeoff_report.py as a module; it imports its neighbours by name."""
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script as a module; it imports its neighbours by name."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("bakeoff_report", SCRIPTS / "bakeoff_report.py")
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bakeoff_report", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return script("bakeoff_report", monkeypatch)
+
+
+@pytest.fixture
+def bakeoff(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The script, with rows of its own."""
+    module = script("bakeoff", monkeypatch)
+    monkeypatch.setattr(module, "ROWS", tmp_path / "bakeoff.jsonl")
     return module
 
 
@@ -98,3 +122,68 @@ def test_the_page_shows_every_setting_and_what_it_took(report: Any) -> None:
     assert "| dpo | 20,000 | 1.88 | 50,000 | 0.75 | 300 | 800 | 1.50 | 0.050, 0.100 |" in text
     assert "| dpo beats the base: interval above one half | yes |" in text
     assert "sft" not in text
+
+
+def test_evaluations_are_counted_one_an_image(bakeoff: Any, tiny_sdxl: str, tmp_path: Path) -> None:
+    """Two images in 3 steps with guidance: 12 drawing. A step of DPO on two pairs: 4 of the reference, 4
+    with a backward pass, which count three times: 16 learning.
+    """
+    model: Any = load_model("sdxl", tiny_sdxl)
+    with bakeoff.counted() as counts:
+        model.generate(["a", "b"], seeds=[0, 1], num_inference_steps=3, guidance_scale=2.0)
+        assert counts["drawing"] == 12 and counts["learning"] == 0 and counts["drawing_seconds"] > 0.0
+        encoded = make_set(model, 2)
+        model.drop_encoders()
+        model.start_training(AdapterSpec(rank=2), seed=0, with_reference=True)
+        loop.fit(make_run(model, encoded, tmp_path / "run", num_steps=1))
+        assert counts["drawing"] == 12 and counts["learning"] == 16
+    model.generate(["a"], seeds=[0], num_inference_steps=1)
+    assert counts["drawing"] == 12
+
+
+def test_the_gain_of_a_set_is_between_sets_of_one_size(bakeoff: Any) -> None:
+    rng = np.random.default_rng(0)
+    exemplars, base = rng.normal(size=(80, 3)), rng.normal(0.5, 1.0, size=(40, 3))
+    better = base - 0.4
+    prompts = [f"prompt {k // 2}" for k in range(40)]
+
+    def reward(x: np.ndarray) -> float:
+        return -float(frechet_distance(x, exemplars))
+
+    gain = bakeoff.set_gain(reward, base, better, prompts)
+    assert gain["estimate"] == pytest.approx(reward(better) - reward(base)) and gain["n"] == 40
+    assert 0.0 < gain["low"] < gain["estimate"] < gain["high"]
+    assert bakeoff.set_gain(reward, base, base, prompts)["high"] == 0.0
+
+
+def test_a_row_of_other_settings_is_refused_and_half_tuning_too(bakeoff: Any) -> None:
+    only = argparse.Namespace(phase="test", only=["sft"])
+    method = bakeoff.SETTINGS["sft"][0]
+    settings = bakeoff.settings_of(method, method.make(Path("exemplars")))
+    files.append_jsonl(bakeoff.ROWS, [row("tune", "sft", 0, 0, "1122", settings=settings)])
+    assert bakeoff.done() == [bakeoff.cell("tune", "sft", 0, 0)]
+    with pytest.raises(SystemExit, match="sft: 3 settings are not tuned"):
+        bakeoff.wanted(only)
+    files.append_jsonl(bakeoff.ROWS, [row("tune", "sft", 1, 0, "1122", settings={"lr": 1.0})])
+    with pytest.raises(SystemExit, match="tune-sft-1-seed0 has other settings than"):
+        bakeoff.done()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "setting"), [("sft", 0), ("dragon_set", 0)])
+def test_a_cell_is_trained_drawn_and_compared(
+    bakeoff: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, setting: int
+) -> None:
+    size = replace(walk.WHOLE, train_prompts=12, pictures=2, draft_steps=4, sampler_steps=4, num_steps=2)
+    monkeypatch.setattr(bakeoff, "SIZE", replace(size, exemplars=4))
+    monkeypatch.setattr(bakeoff, "TUNING_PROMPTS", 4)
+    bakeoff.prepare(tmp_path, "tune", 0)
+    which = bakeoff.cell("tune", method, setting, 0)
+    (tmp_path / bakeoff.name_of(which) / "run").mkdir(parents=True)  # of a cell that was stopped
+    found = json.loads(json.dumps(bakeoff.run_cell(tmp_path, which)))
+    assert len(found["wins"]) == 8 and 0.0 <= found["win_rate"] <= 1.0
+    assert found["evaluations"]["learning"] > 0 and found["cell_core_seconds"] > found["core_seconds"] > 0.0
+    assert (found["own_reward"] is not None) == (method == "dragon_set")
+    assert (found["drawing_core_seconds"] > 0.0) == (method == "dragon_set")
+    (prepared,) = files.read_jsonl(bakeoff.ROWS)
+    assert prepared["phase"] == "prepare" and prepared["drafts_core_seconds"] > 0.0

@@ -231,6 +231,16 @@ def test_a_picture_and_its_quarters_are_compared_with_exemplars(tmp_path: Path) 
     assert values.argmax() == 0 and values[0] > values[1] + 0.1 and values[1] > values[2]
 
 
+def test_features_that_are_not_finite_name_their_prompt() -> None:
+    class Broken:
+        def embed_images(self, pictures: list[Any]) -> torch.Tensor:
+            return torch.tensor([[1.0, 2.0], [torch.nan, 1.0]])
+
+    judge = Judge(Dragon(reward="set", measure="vendi"), Broken())
+    with pytest.raises(UserError, match="gives features that are not finite for a picture of 'the second'"):
+        judge.look([object(), object()], ["the first", "the second"], [None, None])
+
+
 def test_a_picture_without_a_value_names_its_prompt(model: Any) -> None:
     class Blind(Brightness):
         def _score_batch(self, images: Any, prompts: Any, context: Any) -> Scores:

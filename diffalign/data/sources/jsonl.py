@@ -10,7 +10,8 @@ from pathlib import Path
 
 from diffalign.common.errors import UserError
 from diffalign.common.manifest import read_manifest
-from diffalign.data.records import BadImage, Record, read_records
+from diffalign.data.pictures import BadImage
+from diffalign.data.records import Record, read_records
 from diffalign.data.select import ScoreFacts
 from diffalign.data.sources._base import Source
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.common.errors import UserError, brief, unknown
-from diffalign.data.records import Candidate, ImageRef, Record
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record
 from diffalign.data.sources._base import Source
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 
 from diffalign.common.errors import UserError
 from diffalign.data.census import Census, findings
-from diffalign.data.records import BadImage
+from diffalign.data.pictures import BadImage
 from diffalign.data.sources import pickapic
 from diffalign.data.sources.pickapic import Plugin
 from tests.pickapic_files import BLUE, RED, SCHEMA, messy_rows, row, spoil, write
