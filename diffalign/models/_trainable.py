@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.common.errors import UserError
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze
@@ -73,6 +73,7 @@ class TrainableModel:
         self._moves_reference = with_reference and moving_reference
         if adapter.kind == "full":
             self._refuse_half_precision()
+            _take_memory(network)
             if with_reference:
                 self.denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
             network.requires_grad_(True)
@@ -152,3 +153,13 @@ class TrainableModel:
             _adapters.save(self.network, self.pipeline_class, folder)
         else:
             self.network.save_pretrained(f"{folder}/unet")
+
+
+def _take_memory(network: nn.Module) -> None:
+    """Moves the parameters out of the file they were read from, into memory that is aligned.
+
+    A weight that starts anywhere in a file is multiplied along another path than its aligned copy, the
+    reference: their answers to a single image would differ in the last bits, and step 0 not be exact.
+    """
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()

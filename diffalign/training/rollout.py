@@ -213,11 +213,12 @@ class Rollout:
         self._next += self._micro_batches_a_rank * self.ranks.count
         self._pairs_drawn += count
         own = [number + i for i in self._own_pairs(self.ranks.index)]
-        failure, latents, seen = None, torch.zeros(0), torch.zeros(0)
+        failure: Exception | None = None
+        latents = seen = torch.zeros(0)
         with _own_random_stream(self._device):
             try:
                 latents, seen = self._pictures(own)
-            except UserError as error:
+            except Exception as error:  # whatever it is, the other processes must not wait for this one
                 failure = error
         self.ranks.fail_together(failure)
         everywhere = self.ranks.gather(seen.unflatten(0, (-1, 2)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from diffalign.common import plugins
 from diffalign.data.batches import Batch
 from diffalign.data.select import ScoreFacts
-from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.likelihood import Draws, denoising_terms
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.objectives._base import Objective, Output
@@ -44,8 +45,8 @@ def model(shared_model: Any) -> Any:
     shared_model.network.zero_grad()
 
 
-def an_objective(name: str) -> Any:
-    objective: Any = plugins.get("objectives", name)(**SETTINGS.get(name, {}))
+def an_objective(name: str, **options: Any) -> Any:
+    objective: Any = plugins.get("objectives", name)(**SETTINGS.get(name, {}), **options)
     objective.check_data({"pickscore": ScoreFacts("cosine", "1", low=0.0, high=1.0)})
     return objective
 
@@ -153,9 +154,44 @@ def test_where_policy_and_reference_agree_the_loss_is_known(name: str, tiny_sdxl
     assert not output.logs["margin"].any()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_state_survives_a_checkpoint(name: str) -> None:
-    objective = an_objective(name)
-    state = objective.state_dict()
-    objective.load_state_dict(copy.deepcopy(state))
-    assert objective.state_dict() == state
+WITH_MEMORY = {"kto": {"baseline": "ema", "ema_decay": 0.5}}
+"""Settings of objectives under which a step depends on those before it."""
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in OBJECTIVES), *WITH_MEMORY.items()], ids=str
+)
+def test_a_fresh_instance_with_the_state_of_another_goes_on_like_it(
+    name: str, options: dict[str, Any], model: Any
+) -> None:
+    """Bit for bit, after the way through a checkpoint; with a memory, one without the state does not."""
+    batch = make_batch(model, unit=an_objective(name).unit, groups=2)
+    draws = draws_of(batch)
+    _learn(model, batch, draws)
+    old, fresh, blank = (an_objective(name, **options) for _ in range(3))
+    first = run(old, model, batch, draws).loss
+    stream = io.BytesIO()
+    torch.save(old.state_dict(), stream)
+    stream.seek(0)
+    state = torch.load(stream, weights_only=True)
+    assert state == old.state_dict() and (state == blank.state_dict()) == (not options)
+    fresh.load_state_dict(state)
+    for _ in range(2):
+        second, again = run(old, model, batch, draws), run(fresh, model, batch, draws)
+        assert torch.equal(again.loss, second.loss)
+        assert all(torch.equal(values, again.logs[key]) for key, values in second.logs.items())
+        assert torch.equal(run(blank, model, batch, draws).loss, second.loss) == (not options)
+        assert fresh.state_dict() == old.state_dict()
+    assert torch.equal(first, second.loss) == (not options)
+
+
+def _learn(model: Any, batch: Batch, draws: Draws) -> None:
+    """Moves the policy to denoise this batch better than the reference does, so that KTO has a baseline."""
+    parameters = model.denoiser.trainable_parameters()
+    adamw = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(5):
+        model.network.zero_grad()
+        terms = denoising_terms(model.denoiser, batch.latents, batch.cond, draws, reference=True)
+        terms.err.mean().backward()
+        adamw.step()
+    assert terms.ref_err is not None and terms.err.mean() < terms.ref_err.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -127,9 +128,16 @@ def toy() -> Denoiser:
     return toy_denoiser(seed=1, reference=2)
 
 
+def eight() -> tuple[Batch, Draws]:
+    """Eight images in float64, so that their errors are too."""
+    batch, draws = toy_batch(EIGHT, images_a_group=1)
+    batch = dataclasses.replace(batch, latents=batch.latents.double())
+    return batch, Draws(draws.t, draws.noise.double())
+
+
 def split(*sizes: Sequence[int]) -> list[Process]:
     """Eight images over processes and micro-batches: `split([8])`, `split([4], [4])`, `split([1] * 8)`."""
-    batch, draws = toy_batch(EIGHT, images_a_group=1)
+    batch, draws = eight()
     processes, first = [], 0
     for each in sizes:
         micro = []
@@ -166,6 +174,7 @@ def one_step(
     for plugin, step, micro in zip(plugins, steps, processes, strict=True):
         for batch, draws in micro:
             output = plugin.compute(denoiser, batch, draws, step)
+            assert output.loss.dtype == step.baseline.dtype == torch.float64
             plugin.backward(output, 1.0 / 8.0, torch.Tensor.backward)
     baselines = {float(step.baseline) for step in steps}
     assert len(baselines) == 1
@@ -184,7 +193,28 @@ def test_the_step_does_not_depend_on_how_it_is_cut(baseline: Any, sizes: tuple[S
     assert z > 0.01 and whole.abs().max() > 0.01
     parts, z_parts = one_step([Plugin(**options) for _ in sizes], split(*sizes), denoiser)
     assert z_parts == pytest.approx(z, abs=1e-12)
-    torch.testing.assert_close(parts, whole, rtol=0.0, atol=1e-9)
+    torch.testing.assert_close(parts, whole, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [([8],), ([4], [4]), ([1] * 8,)], ids=str)
+def test_the_gradient_of_a_step_is_that_of_the_formula(sizes: tuple[Sequence[int], ...]) -> None:
+    """mean of 1 - sigmoid(y beta/2 (g - z)) over eight images, z = max(0, mean g), written out here.
+
+    In float32 throughout, the gradient would be 3e-8 away.
+    """
+    denoiser, (batch, draws) = toy(), eight()
+    x_t = denoiser.process.add_noise(batch.latents, draws.noise, draws.t).flatten(1)
+    weight = denoiser.trainable_parameters()[0].detach().clone().requires_grad_()
+    with denoiser.policy("reference"):
+        ref_err = (denoiser.predict(x_t, draws.t, batch.cond) - draws.noise.flatten(1)).square().mean(1)
+    gain = ref_err - (x_t @ weight - draws.noise.flatten(1)).square().mean(1)
+    z = max(0.0, gain.mean().item())
+    sign = 2.0 * torch.tensor(EIGHT, dtype=torch.float64) - 1.0
+    (1.0 - torch.sigmoid(sign * 2.0 * (gain - z))).mean().backward()
+    found, baseline = one_step([Plugin(beta=4.0) for _ in sizes], split(*sizes), denoiser)
+    assert baseline == pytest.approx(z, abs=1e-12) and z > 0.01
+    assert weight.grad is not None
+    torch.testing.assert_close(found, weight.grad, rtol=0.0, atol=1e-12)
 
 
 def test_a_baseline_of_each_micro_batch_would_be_another_loss() -> None:

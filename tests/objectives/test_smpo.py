@@ -21,7 +21,7 @@ from diffalign.objectives.diffusion_dpo import Plugin as DPO
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_loss
 from diffalign.objectives.smpo import Plugin, noise_statistics, smoothed_preference, smpo_loss
 from tests.objectives.smpo_toy import PICKSCORE, column, plugin, toy, toy_batch
-from tests.tiny_training import draws_of, make_batch
+from tests.tiny_training import draws_of, make_batch, perturb
 
 WAYS = [("none", "train"), ("ddim", "reference"), ("renoise", "train"), ("renoise", "reference")]
 
@@ -281,16 +281,30 @@ def test_a_batch_of_two_equals_two_singles() -> None:
 
 
 @pytest.mark.parametrize("inverter", ["train", "reference"])
-def test_a_unet_in_bf16_starts_at_log_2_and_learns(tiny_sdxl: str, inverter: Any) -> None:
-    """Under autocast, after passes without gradient, the gradient of the adapter is still there."""
+def test_a_unet_in_bf16_starts_at_log_2_and_every_parameter_learns(tiny_sdxl: str, inverter: Any) -> None:
+    """Under autocast, after passes without gradient, the gradient of the adapter is still there.
+
+    At the start B is 0, so that A, which is read through B only, has a gradient of 0; once B is not, both do.
+    """
     model: Any = SDXL(path=tiny_sdxl).load()
     model.start_training(AdapterSpec(rank=2, dropout=0.3), seed=0, with_reference=True)
     batch = make_batch(model, groups=2)
     batch.ratings["pickscore"] = column(0.9, 0.2, 0.4, 0.6)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = plugin(inverter=inverter, beta=5000.0).compute(model.denoiser, batch, draws_of(batch))
+    trained = {name: p for name, p in model.network.named_parameters() if p.requires_grad}
+    assert len(trained) == len(model.denoiser.trainable_parameters()) > 0
+
+    def with_gradient() -> tuple[Any, set[str]]:
+        model.network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = plugin(inverter=inverter, beta=5000.0).compute(model.denoiser, batch, draws_of(batch))
+        output.loss.sum().backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained.values())
+        return output, {name for name, p in trained.items() if p.grad is not None and bool(p.grad.any())}
+
+    output, reached = with_gradient()
     assert torch.equal(output.loss, torch.full((2,), math.log(2.0)))
     assert bool((output.logs["noise_std"] > 0).all())
-    output.loss.sum().backward()
-    gradients = [parameter.grad for parameter in model.denoiser.trainable_parameters()]
-    assert any(grad is not None and bool(grad.any()) for grad in gradients)
+    assert reached == {name for name in trained if ".lora_B." in name}
+    perturb(list(trained.values()), 1e-3)
+    output, reached = with_gradient()
+    assert reached == set(trained) and bool((output.loss != math.log(2.0)).all())

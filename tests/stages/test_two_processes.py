@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import diffalign.scorers
 from diffalign import cli
-from diffalign.common import files
+from diffalign.common import draws, files
 from tests.pickapic_files import jpeg, row, write
 from tests.tiny_clip import write_open_clip
+from tests.two_processes import PLUGINS, two_processes
 
 STEPS = 3
 
@@ -46,7 +51,8 @@ def common(model: str, out: Path, batch_size: int) -> list[str]:
     ]
 
 
-def two_processes(arguments: list[str]) -> None:
+def torchrun(arguments: list[str]) -> None:
+    """Two processes as a person starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "-m", "diffalign", *arguments],
@@ -59,8 +65,19 @@ def two_processes(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def both_succeed(arguments: list[str], folder: Path) -> None:
+    """Two forked processes that end well, with the same weights."""
+    for rank, ended in enumerate(two_processes(arguments, folder)):
+        assert ended.code == 0, f"process {rank}: {ended.said[-3000:]}"
+    first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
 def trained(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "trained.safetensors")
+    """Of the last step."""
+    return load_file(max((out / "checkpoints").iterdir()) / "trained.safetensors")
 
 
 def distance(out: Path, other: Path, start: Path) -> float:
@@ -87,35 +104,133 @@ def beginning(model: str, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("objective", ["objective=dpo", "objective=kto"])
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_given_pictures(objective: str, tiny_sdxl: str, pairs: Path, tmp_path: Path) -> None:
-    given = ["data=pickapic", f"data.path={pairs}", objective, "objective.beta=2000"]
+    given = ["data=pickapic", f"data.path={pairs}", f"objective={objective}", "objective.beta=2000"]
     assert cli.main([*common(tiny_sdxl, tmp_path / "one", 4), *given]) == 0
-    two_processes([*common(tiny_sdxl, tmp_path / "two", 2), *given])
+    two = [*common(tiny_sdxl, tmp_path / "two", 2), *given]
+    if objective == "dpo":
+        torchrun(two)
+    else:
+        both_succeed(two, tmp_path / "kept")
     assert distance(tmp_path / "one", tmp_path / "two", beginning(tiny_sdxl, tmp_path)) < 1e-3
-    one, two = (files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == STEPS
-    for left, right in zip(one, two, strict=True):
+    rows = [files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == STEPS
+    for left, right in zip(*rows, strict=True):
         assert left["groups"] == right["groups"] == 4
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
     names = sorted(path.name for path in (tmp_path / "two").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "one").iterdir())
 
 
-def test_own_pictures_of_which_a_process_may_have_none_that_is_better(tiny_sdxl: str, tmp_path: Path) -> None:
-    """The grader finds nothing in random pictures, so most steps are empty in one process or in both."""
-    own = [
-        "prompts=[a red circle on a white background,a blue square on a black background]",
-        "scorers=[scene]",
+@pytest.fixture
+def moody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own scorer can be named in this process too."""
+    path = [*diffalign.scorers.__path__, str(PLUGINS)]
+    monkeypatch.setattr(diffalign.scorers, "__path__", path)
+    monkeypatch.setattr(diffalign.scorers.__spec__, "submodule_search_locations", path)
+
+
+DULL = (2, 3, 5, 6)
+PROMPTS = [f"a dull thing {k}" if k in DULL else f"a thing {k}" for k in range(8)]
+"""The moody scorer finds the pictures of half of them all alike."""
+
+
+def own(*more: str) -> list[str]:
+    """Words of a run that rewards its own pictures of `PROMPTS`."""
+    return [
+        f"prompts=[{','.join(PROMPTS)}]",
+        "scorers=[moody]",
         "objective=dragon",
-        "objective.surrogate=kto",
         "rollout.num_inference_steps=1",
         "rollout.guidance_scale=1",
+        *more,
     ]
-    two_processes([*common(tiny_sdxl, tmp_path / "two", 2), *own])
-    rows = files.read_jsonl(tmp_path / "two" / "metrics.jsonl")
-    drawn = [row for row in rows if row["kind"] == "rollout"]
-    assert len(drawn) == STEPS and any(row["decided"] < 1.0 for row in drawn)
+
+
+def decided_pairs(step: int) -> tuple[int, int]:
+    """Of the two pairs a process in `step`: how many have a better picture, in process 0 and in process 1."""
+    epoch, half = divmod(step, 2)
+    order = draws.permutation(8, 0, "rollout-order", epoch).tolist()[4 * half : 4 * half + 4]
+    better = [number not in DULL for number in order]
+    return sum(better[:2]), sum(better[2:])
+
+
+def test_undecided_pairs_may_leave_one_process_or_both_without_anything_to_learn(
+    moody: None, tiny_sdxl: str, tmp_path: Path
+) -> None:
+    """A rollout a step: all that is decided in it is one step's mean, whoever drew it, as in one process.
+
+    So is KTO's baseline; at the last step it is far from that of either process's own pictures.
+    """
+    shares = [decided_pairs(step) for step in range(6)]
+    assert shares == [(2, 2), (0, 0), (1, 2), (0, 1), (1, 0), (2, 1)]  # both full, none, some on one side ...
+    kto = ("objective.surrogate=kto", "objective.desirable_weight=10")
+    more = own(*kto, "num_steps=6", "optimizer.lr=1e-2")
+    assert cli.main([*common(tiny_sdxl, tmp_path / "one", 8), *more]) == 0
+    both_succeed([*common(tiny_sdxl, tmp_path / "two", 4), *more], tmp_path / "kept")
+    rows = [files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for left, right in zip(*rows, strict=True):
+        assert (left["step"], left["kind"]) == (right["step"], right["kind"])
+    for found in rows:
+        drawn = [row for row in found if row["kind"] == "rollout"]
+        assert [row["decided"] for row in drawn] == [sum(share) / 4 for share in shares]
+        steps = {row["step"]: row["groups"] for row in found if row["kind"] == "train"}
+        assert steps == {step: 2 * sum(share) for step, share in enumerate(shares, 1) if sum(share)}
+    for name in ("loss", "baseline"):
+        one, two = ([row[name] for row in found if row["kind"] == "train"] for found in rows)
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-6) and len(one) == 5
+    assert one[-1] > 1e-4
+    assert distance(tmp_path / "one", tmp_path / "two", beginning(tiny_sdxl, tmp_path)) < 1e-3
+    summary = json.loads((tmp_path / "two" / "manifest.json").read_text())["summary"]
+    assert summary["steps"] == 6 and summary["empty_steps"] == 1 and summary["skipped_steps"] == 0
+
+
+def test_two_processes_stopped_within_a_rollout_go_on_bit_for_bit(tiny_sdxl: str, tmp_path: Path) -> None:
+    """Process 1 is asked to end while the second rollout, of steps 4 to 6, is drawn: both save step 4."""
+
+    def words(name: str) -> list[str]:
+        more = own("num_steps=5", "rollout.steps=3", "rollout.batch_size=12", "checkpoint.every=100")
+        return [*common(tiny_sdxl, tmp_path / name, 2), *more]
+
+    both_succeed(words("whole"), tmp_path / "kept-whole")
+    stopped = two_processes(words("parts"), tmp_path / "stopped", MOODY="1 1 stop")
+    for ended in stopped:
+        assert ended.code == 128 + signal.SIGTERM and "Traceback" not in ended.said, ended.said[-3000:]
+    (saved,) = (tmp_path / "parts" / "checkpoints").iterdir()
+    assert saved.name == "step-00000004" and "saved step 4" in stopped[0].said
+    held = torch.load(saved / "state.pt", weights_only=True)["feed"]["drawn"]
+    assert len(held["targets"]) == 12 and len(held["latents"]) == 24
+    both_succeed(words("parts"), tmp_path / "kept-parts")
+    for name, tensor in load_file(tmp_path / "kept-whole" / "rank-0.safetensors").items():
+        for rank in (0, 1):
+            parts = load_file(tmp_path / "kept-parts" / f"rank-{rank}.safetensors")
+            assert torch.equal(parts[name], tensor), name
+    rows = [files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0] if row["kind"] == "rollout"] == [1, 4]
+
+
+def test_a_reward_without_a_value_in_one_process_ends_both_with_a_line(
+    tiny_sdxl: str, tmp_path: Path
+) -> None:
+    """The one that knows says which prompt it was, the other that it was not its own mistake."""
+    arguments = [*common(tiny_sdxl, tmp_path / "out", 2), *own()]
+    other, itself = two_processes(arguments, tmp_path / "kept", MOODY="1 1 nan")
+    for ended in (other, itself):
+        assert ended.code == 2 and "Traceback" not in ended.said, ended.said[-3000:]
+    (line,) = itself.errors
+    assert re.match(r"error: scorer moody gives nan for a picture of 'a .*' \(too dark\): leave the", line)
+    assert other.errors == ["error: another process has stopped with an error: see its message"]
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_reward_that_breaks_in_one_process_ends_both(tiny_sdxl: str, tmp_path: Path) -> None:
+    arguments = [*common(tiny_sdxl, tmp_path / "out", 2), *own()]
+    other, itself = two_processes(arguments, tmp_path / "kept", MOODY="1 1 raise")
+    assert itself.code == 1 and "RuntimeError: the scorer broke" in itself.said
+    assert other.code == 2 and "another process has stopped with an error" in other.said
+    assert not (tmp_path / "out" / "adapter").exists()
 
 
 def test_own_pictures_with_a_reward_of_the_whole_set(tiny_sdxl: str, tmp_path: Path) -> None:
@@ -124,7 +239,7 @@ def test_own_pictures_with_a_reward_of_the_whole_set(tiny_sdxl: str, tmp_path: P
     for k in range(3):
         (tmp_path / "exemplars").mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), (40 * k, 80, 200 - 40 * k)).save(tmp_path / "exemplars" / f"{k}.png")
-    own = [
+    words = [
         "prompts=[a ring,a cube,a cat]",
         f"scorers={{clip: {{path: {clip}}}}}",
         "objective=dragon",
@@ -136,8 +251,8 @@ def test_own_pictures_with_a_reward_of_the_whole_set(tiny_sdxl: str, tmp_path: P
         "rollout.guidance_scale=1",
         "rollout.batch_size=4",
     ]
-    assert cli.main([*common(tiny_sdxl, tmp_path / "one", 4), *own]) == 0
-    two_processes([*common(tiny_sdxl, tmp_path / "two", 2), *own])
+    assert cli.main([*common(tiny_sdxl, tmp_path / "one", 4), *words]) == 0
+    both_succeed([*common(tiny_sdxl, tmp_path / "two", 2), *words], tmp_path / "kept")
     one, two = (files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     first, second = ([r for r in rows if r["kind"] == "rollout"] for rows in (one, two))
     assert [row["pairs"] for row in first] == [row["pairs"] for row in second] == [8.0, 8.0]

@@ -1,0 +1,111 @@
+"""`diffalign` in two processes that talk to one another, without paying for two starts of Python each time.
+
+A server imports the libraries once and is forked twice a call. What is set is what `torchrun` sets; that the
+real one does the same is shown where a test uses it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PRELOADED = (
+    "tests.two_processes",
+    "torch.utils.tensorboard",
+    "accelerate",
+    "diffusers",
+    "transformers",
+    "peft",
+    "open_clip",
+    "diffalign.stages.train",
+    "diffalign.training.loop",
+    "diffalign.training.rollout",
+    "diffalign.models.sdxl",
+    "diffalign.data.sources.pickapic",
+)
+PLUGINS = Path(__file__).parent / "plugins" / "scorers"
+PATIENCE = 120.0
+"""Seconds after which a process counts as hanging."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process ended.
+
+    Args:
+        code: what it returned to the system; None: it hung and was killed.
+        said: its standard error.
+    """
+
+    code: int | None
+    said: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that tell a person of a mistake."""
+        return [line for line in self.said.splitlines() if line.startswith("error: ")]
+
+
+def two_processes(arguments: Sequence[str], folder: Path, **environment: str) -> list[Ended]:
+    """Runs `diffalign ARGUMENTS` as process 0 and 1 of 2, with the tests' own scorers at hand.
+
+    `environment` is set in both. Each leaves what it has trained in `folder` as `rank-N.safetensors`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"rank-{rank}.txt" for rank in (0, 1)]
+    processes = [
+        context.Process(target=_run, args=(rank, port, list(arguments), folder, environment))
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return [
+        Ended(code, log.read_text() if log.exists() else "") for code, log in zip(codes, logs, strict=True)
+    ]
+
+
+def _run(rank: int, port: int, arguments: list[str], folder: Path, environment: Mapping[str, str]) -> None:
+    """What each of the two does."""
+    with open(folder / f"rank-{rank}.txt", "w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 2)
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", **environment})
+
+    import torch
+    from safetensors.torch import save_file
+
+    import diffalign.scorers
+    from diffalign import cli
+    from diffalign.training import loop
+
+    torch.set_num_threads(1)
+    diffalign.scorers.__path__.append(str(PLUGINS))
+    fit = loop.fit
+
+    def fit_and_keep(run: loop.Run) -> dict[str, object]:
+        summary = fit(run)
+        state = {name: tensor.contiguous() for name, tensor in run.model.trained_state().items()}
+        save_file(state, folder / f"rank-{rank}.safetensors")
+        return summary
+
+    loop.fit = fit_and_keep
+    sys.exit(cli.main(arguments))
