@@ -60,16 +60,22 @@ def test_terms_by_hand() -> None:
     denoiser = denoiser_of(process_of("epsilon", 0.64), Constant(scale=1.0))
     denoiser.policies["reference"] = FrozenCopy(Constant())
     latents, draws = torch.tensor([[1.0, 2.0]]), Draws(torch.tensor([0]), torch.tensor([[1.0, 0.0]]))
-    terms = denoising_terms(denoiser, latents, cond(1), draws, reference=True, keep_residuals=True)
+    terms = denoising_terms(denoiser, latents, cond(1), draws, reference=True)
     assert terms.err.item() == pytest.approx(1.36, abs=1e-6)
     assert terms.ref_err is not None and terms.ref_err.item() == pytest.approx(0.5, abs=1e-6)
-    assert terms.residual is not None and terms.ref_residual is not None
-    assert terms.residual[0].tolist() == pytest.approx([0.4, 1.6], abs=1e-6)
-    assert terms.ref_residual[0].tolist() == pytest.approx([-1.0, 0.0], abs=1e-6)
     in_x0 = denoising_terms(denoiser, latents, cond(1), draws, reference=True, error_space="x0")
     assert in_x0.err.item() == pytest.approx(0.765, abs=1e-6)
     assert in_x0.ref_err is not None and in_x0.ref_err.item() == pytest.approx(0.28125, abs=1e-6)
-    assert in_x0.residual is None and in_x0.ref_residual is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_errors_are_at_least_float32_and_as_precise_as_the_network(dtype: torch.dtype) -> None:
+    denoiser = denoiser_of(process_of("epsilon", 0.64), Constant(scale=1.0).to(dtype))
+    latents, noise = torch.tensor([[1.0, 2.0]], dtype=dtype), torch.tensor([[1.0, 0.0]], dtype=dtype)
+    terms = denoising_terms(denoiser, latents, cond(1), Draws(torch.tensor([0]), noise), reference=False)
+    assert terms.err.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype == torch.float64:
+        assert terms.err.item() == pytest.approx(1.36, abs=1e-12)
 
 
 def test_only_the_policy_has_a_gradient() -> None:

@@ -62,9 +62,10 @@ def test_rows_keep_what_they_had_and_get_scores(pictures, tmp_path, capsys):
     known = {key: rows[1][key] for key in ("image", "model", "seed", "scores")}
     assert Candidate.from_dict(known, tmp_path / "out").scores["exact"].value == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["scorer", "scale", "pictures", "mean", "median", "NaN"]
-    assert table[1].split() == ["scene", "share", "3", "0.9167", "1.0000", "0"]
-    assert table[2].split() == ["exact", "accurate", "3", "0.6667", "1.0000", "0"]
+    assert table[0] == f"{tmp_path / 'out' / 'scores.jsonl'}:"
+    assert table[1].split() == ["scorer", "scale", "pictures", "mean", "median", "NaN"]
+    assert table[2].split() == ["scene", "share", "3", "0.9167", "1.0000", "0"]
+    assert table[3].split() == ["exact", "accurate", "3", "0.6667", "1.0000", "0"]
 
 
 def test_a_broken_picture_scores_nan_and_stops_nothing(pictures, tmp_path, capsys):
