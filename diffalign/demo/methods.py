@@ -62,8 +62,8 @@ METHODS = {
         rollout_steps=4,
     ),
 }
-"""By the name that `diffalign demo objective=NAME` takes: dpo as scripts/results/demo.md tests it, the others as
-scripts/results/bakeoff.md chose them.
+"""By the name that `diffalign demo objective=NAME` takes: dpo as scripts/results/demo.md tests it, the others
+as scripts/results/bakeoff.md chose them.
 """
 
 ALIASES = {"diffusion_dpo": "dpo"}

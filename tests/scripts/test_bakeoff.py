@@ -15,6 +15,7 @@ import pytest
 
 from diffalign.common import files
 from diffalign.demo import walk
+from diffalign.demo.methods import METHODS
 from diffalign.models import load_model
 from diffalign.models._spec import AdapterSpec
 from diffalign.scorers import frechet_distance
@@ -167,6 +168,16 @@ def test_a_row_of_other_settings_is_refused_and_half_tuning_too(bakeoff: Any) ->
     files.append_jsonl(bakeoff.ROWS, [row("tune", "sft", 1, 0, "1122", settings={"lr": 1.0})])
     with pytest.raises(SystemExit, match="tune-sft-1-seed0 has other settings than"):
         bakeoff.done()
+
+
+def test_the_demo_takes_what_the_bakeoff_chose(bakeoff: Any) -> None:
+    """All but dpo, whose settings are those that scripts/results/demo.md tests."""
+    rows = files.read_jsonl(SCRIPTS / "results" / "bakeoff.jsonl")
+    for name, method in METHODS.items():
+        chosen = bakeoff.chosen_setting(rows, name, own=name in bakeoff.OWN_REWARD)
+        candidate = bakeoff.SETTINGS[name][chosen]
+        both = [bakeoff.settings_of(each, each.make(Path("exemplars"))) for each in (method, candidate)]
+        assert name == "dpo" or both[0] == both[1], name
 
 
 @pytest.mark.slow
