@@ -73,8 +73,8 @@ class TrainableModel:
         self._moves_reference = with_reference and moving_reference
         if adapter.kind == "full":
             self._refuse_half_precision()
-            _take_memory(network)
             if with_reference:
+                _take_memory(network)
                 self.denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
             network.requires_grad_(True)
         elif adapter.init is None:
