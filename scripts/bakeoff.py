@@ -3,6 +3,7 @@
     python scripts/bakeoff.py --out runs/bakeoff --phase tune     # every setting, on the tuning prompts
     python scripts/bakeoff.py --out runs/bakeoff --phase test     # the chosen ones, 3 seeds, test prompts
     python scripts/bakeoff.py --out runs/bakeoff --phase asked    # questions that came up, on tuning prompts
+    python scripts/bakeoff.py --out runs/bakeoff --phase confirm  # their answers, 3 seeds, test prompts
     python scripts/bakeoff.py --out runs/bakeoff --report-only
 
 Every cell (phase, method, setting, seed) is a process of its own, so that its peak of memory is its own too;
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 from bakeoff_report import as_markdown, chosen_setting
-from bakeoff_settings import ASKED, SETTINGS
+from bakeoff_settings import ASKED, CONFIRMED, SETTINGS
 from comparison import KINDS, PICTURES, Rows, graded, rows_of
 from PIL import Image
 
@@ -79,7 +80,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, help="folder of pictures and runs")
-    parser.add_argument("--phase", default="tune", choices=("tune", "test", "asked"))
+    parser.add_argument("--phase", default="tune", choices=("tune", "test", "asked", "confirm"))
     parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="methods")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--report-only", action="store_true")
@@ -91,14 +92,17 @@ def wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells of the phase, in the order of the methods."""
     cells = []
     for method in arguments.only:
-        if arguments.phase != "test":
+        if arguments.phase in ("tune", "asked"):
             cells += cells_of(arguments.phase, method)
+        elif arguments.phase == "confirm":
+            if method in CONFIRMED:
+                cells += over_seeds("confirm", method, CONFIRMED[method])
         else:
             untuned = [c for c in cells_of("tune", method) if c not in done()]
             if untuned:
                 raise SystemExit(f"{method}: {len(untuned)} settings are not tuned: run --phase tune first")
             setting = chosen_setting(files.read_jsonl(ROWS), method, own=method in OWN_REWARD)
-            cells += [cell("test", method, setting, seed) for seed in range(TEST_SEEDS)]
+            cells += over_seeds("test", method, setting)
     return cells
 
 
@@ -107,14 +111,24 @@ def cells_of(phase: str, method: str) -> list[dict[str, Any]]:
     return [cell(phase, method, setting, 0) for setting in range(len(candidates(phase).get(method, [])))]
 
 
+def over_seeds(phase: str, method: str, setting: int) -> list[dict[str, Any]]:
+    """A cell for each seed of training."""
+    return [cell(phase, method, setting, seed) for seed in range(TEST_SEEDS)]
+
+
 def candidates(phase: str) -> dict[str, list[Method]]:
     """Method -> its settings in a phase, by number."""
-    return ASKED if phase == "asked" else SETTINGS
+    return ASKED if phase in ("asked", "confirm") else SETTINGS
 
 
 def base_of(out: Path, phase: str) -> Path:
     """The base's pictures on the prompts of a phase."""
-    return out / ("base-test" if phase == "test" else "base-tune")
+    return out / ("base-test" if on_test_prompts(phase) else "base-tune")
+
+
+def on_test_prompts(phase: str) -> bool:
+    """Whether a phase compares on the test prompts, else on the tuning prompts."""
+    return phase in ("test", "confirm")
 
 
 def cell(phase: str, method: str, setting: int, seed: int) -> dict[str, Any]:
@@ -180,7 +194,7 @@ def name_of(which: dict[str, Any]) -> str:
 
 def prompts_of(phase: str) -> list[str]:
     """What models are compared on."""
-    if phase == "test":
+    if on_test_prompts(phase):
         return walk.held_out_prompts(TEST_PROMPTS)
     return walk.held_out_prompts(TUNING_PROMPTS, tuning=True)
 

@@ -15,7 +15,7 @@ MUST_BEAT_BASE = ("dpo", "mapo", "smpo", "rankdpo", "dragon")
 
 def chosen_setting(rows: list[dict[str, Any]], method: str, *, own: bool) -> int:
     """The setting of a method that did best on the tuning prompts."""
-    tuned = [row for row in rows if row["phase"] == "tune" and row["method"] == method]
+    tuned = of_phase(rows, "tune", method)
     if not tuned:
         raise SystemExit(f"{method} has no tuning rows: run --phase tune first")
 
@@ -48,18 +48,28 @@ def as_markdown(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, 
     if tested:
         lines += ["## On held-out prompts", "", *results_table(tested), "", *cost_table(tested, drafting), ""]
         lines += reporting.bars(bars(tested, own))
+    asked = {name: of_phase(rows, "confirm", name) for name in methods}
+    asked = {name: found for name, found in asked.items() if found}
+    if asked:
+        lines += ["## Asked afterwards, on held-out prompts: beside the comparison, no part of it", ""]
+        lines += [*results_table(asked), "", *cost_table(asked, drafting), ""]
     lines += ["## Settings, on the tuning prompts", ""]
     lines += [*settings_table(rows, methods, own, phase="tune"), ""]
     if any(row["phase"] == "asked" for row in rows):
-        lines += ["## Asked afterwards, on the tuning prompts: not chosen from, not tested", ""]
+        lines += ["## Asked afterwards, on the tuning prompts: not chosen from", ""]
         lines += [*settings_table(rows, methods, own, phase="asked"), ""]
     return "\n".join(lines)
 
 
 def tested_rows(rows: list[dict[str, Any]], method: str, *, own: bool) -> list[dict[str, Any]]:
     """The rows of the chosen setting on the test prompts."""
-    found = [row for row in rows if row["phase"] == "test" and row["method"] == method]
+    found = of_phase(rows, "test", method)
     return [row for row in found if row["setting"] == chosen_setting(rows, method, own=own)]
+
+
+def of_phase(rows: list[dict[str, Any]], phase: str, method: str) -> list[dict[str, Any]]:
+    """The rows of a method in a phase."""
+    return [row for row in rows if row["phase"] == phase and row["method"] == method]
 
 
 def pooled_win_rate(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,9 +141,7 @@ def settings_table(
     """Every setting tried in a phase on the tuning prompts; the chosen one in bold."""
     lines = ["| method | setting | win rate | accurate | own reward |", "|---|---|---|---|---|"]
     for name in methods:
-        tried = sorted(
-            (r for r in rows if r["phase"] == phase and r["method"] == name), key=lambda r: r["setting"]
-        )
+        tried = sorted(of_phase(rows, phase, name), key=lambda r: r["setting"])
         best = chosen_setting(rows, name, own=name in own) if tried and phase == "tune" else None
         for row in tried:
             shown = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if value is not None)

@@ -86,4 +86,7 @@ ASKED: dict[str, list[Method]] = {
         ),
     ],
 }
-"""Method -> settings tried after the others had been seen, to say why; never chosen, never tested."""
+"""Method -> settings tried after the others had been seen, to say why; never chosen from."""
+
+CONFIRMED: dict[str, int] = {"mapo": 0}
+"""Method -> its setting of ASKED that is run on the test prompts too, beside the comparison."""
