@@ -104,7 +104,7 @@ class OwnPictures:
         self, objective: OnPolicyObjective, settings: Settings, prompts: str | list[str] | None, scorers: Any
     ) -> None:
         from diffalign.data.prompts import load_prompts, prompt_file
-        from diffalign.training.judge import check_reward
+        from diffalign.training.labeller import check_reward
         from diffalign.training.ranks import launched
         from diffalign.training.rollout import check_rollout
 
@@ -134,19 +134,21 @@ class OwnPictures:
 
     def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
         """Encodes the prompts and loads the scorer."""
-        from diffalign.training.judge import Judge
+        from diffalign.training.labeller import Labeller
         from diffalign.training.ranks import Ranks
         from diffalign.training.rollout import Rollout, embed_prompts
 
         spec = self._settings.rollout
         if spec.scheduler is not None:
             model.check_scheduler(spec.scheduler, spec.num_inference_steps)
-        judge = Judge(self._objective, self._scorer.load(str(accelerator.device)), batch_size=spec.batch_size)
+        labeller = Labeller(
+            self._objective, self._scorer.load(str(accelerator.device)), batch_size=spec.batch_size
+        )
         texts = embed_prompts(model, self._prompts, self._settings.preprocess)
         feed = Rollout(
             model,
             self._objective,
-            judge,
+            labeller,
             self._prompts,
             texts,
             self._settings,

@@ -106,6 +106,10 @@ class _State:
         self.counters[f"{what}_in_a_row"] += 1
         return self.counters[f"{what}_in_a_row"] > MAX_SKIPS_IN_A_ROW
 
+    def totals(self) -> dict[str, int]:
+        """Steps of the whole run that were skipped, or had nothing to learn from."""
+        return {name: self.counters[name] for name in ("skipped_steps", "empty_steps")}
+
 
 def fit(run: Run) -> dict[str, Any]:
     """Trains to `num_steps`, going on from the newest checkpoint in `run.out`; returns the closing summary.
@@ -123,7 +127,7 @@ def fit(run: Run) -> dict[str, Any]:
         _steps(run, state, log)
     if state.counters["empty_steps"] == state.step > 0:
         raise UserError(f"all {state.step} steps taught nothing: {run.feed.why_empty}")
-    return {"steps": state.step, **state.counters, **run.watch.summary()}
+    return {"steps": state.step, **state.totals(), **run.watch.summary()}
 
 
 def _steps(run: Run, state: _State, log: MetricsLog) -> None:
@@ -347,8 +351,7 @@ def _log(run: Run, state: _State, log: MetricsLog) -> None:
     if not report:
         return
     rate = learning_rate(run.settings.optimizer, state.step - 1, run.settings.num_steps)
-    totals = {name: state.counters[name] for name in ("skipped_steps", "empty_steps")}
-    row = {**report, "lr": rate, **totals}
+    row = {**report, "lr": rate, **state.totals()}
     log.write("train", state.step, row)
 
 

@@ -26,7 +26,7 @@ from diffalign.data.specs import PreprocessSpec
 from diffalign.diffusion.likelihood import Draws
 from diffalign.models._base import Model
 from diffalign.objectives._base import OnPolicyObjective
-from diffalign.training.judge import Judge
+from diffalign.training.labeller import Labeller
 from diffalign.training.ranks import Ranks
 from diffalign.training.sampling import training_draws
 from diffalign.training.specs import Settings
@@ -87,7 +87,7 @@ class Rollout:
     Args:
         model: drawn with; of its parts only the network and the VAE, which comes back when it is dropped.
         objective: its unit says whether the two pictures of a prompt are a pair or two examples.
-        judge: of the pictures.
+        labeller: of the pictures.
         prompts: what is drawn.
         texts: the prompts as `embed_prompts` gave them.
         settings: of the run.
@@ -97,7 +97,7 @@ class Rollout:
 
     model: Model
     objective: OnPolicyObjective
-    judge: Judge
+    labeller: Labeller
     prompts: Sequence[Prompt]
     texts: EncodedSet
     settings: Settings
@@ -225,14 +225,14 @@ class Rollout:
         owners = [self._own_pairs(rank) for rank in range(self.ranks.count)]
         everywhere = everywhere[torch.tensor([pair for pairs in owners for pair in pairs]).argsort()]
         generator = draws.generator(self.settings.seed, "demonstrations", number)
-        targets, rewards = self.judge.targets(everywhere[:, 0], everywhere[:, 1], generator)
+        targets, rewards = self.labeller.targets(everywhere[:, 0], everywhere[:, 1], generator)
         decided = float((targets != 0.5).double().mean())
         self._news.append({"pairs": float(count), "decided": decided, **rewards})
         self._drawn = Drawn(first, number, targets, latents)
         self._make_batches(self._drawn)
 
     def _pictures(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Latents `[2 k, ...]` of two pictures a pair, and what the judge saw of them; on the CPU."""
+        """Latents `[2 k, ...]` of two pictures a pair, and what the labeller saw of them; on the CPU."""
         spec, network = self.settings.rollout, self.model.denoiser.network
         jobs = [(number, side) for number in numbers for side in (0, 1)]
         latents, seen = [], []
@@ -258,7 +258,7 @@ class Rollout:
                     pictures = self.model.pictures(drawn, texts, seeds)
                 latents.append(drawn.float().cpu())
                 contexts = [prompt.meta.get("context") for prompt in prompts]
-                seen.append(self.judge.look(pictures, texts, contexts).cpu())
+                seen.append(self.labeller.look(pictures, texts, contexts).cpu())
         finally:
             network.train(was_training)
         return torch.cat(latents), torch.cat(seen)

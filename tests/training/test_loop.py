@@ -161,13 +161,7 @@ def test_a_finished_run_takes_no_more_steps(
     before = {path: path.stat().st_mtime_ns for path in (undisturbed / "checkpoints").rglob("*")}
     crashing = Crashing(beta=2000.0, at=0)
     summary = loop.fit(make_run(model, train_set, undisturbed, objective=crashing, **HARD))
-    assert summary == {
-        "steps": 8,
-        "skipped_steps": 0,
-        "skipped_in_a_row": 0,
-        "empty_steps": 0,
-        "empty_in_a_row": 0,
-    }
+    assert summary == {"steps": 8, "skipped_steps": 0, "empty_steps": 0}
     assert {path: path.stat().st_mtime_ns for path in (undisturbed / "checkpoints").rglob("*")} == before
     with pytest.raises(UserError, match="is of another base, data set or recipe"):
         loop.fit(make_run(model, train_set, undisturbed, identity="another run", **HARD))
@@ -205,13 +199,7 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_is_counted(
     """The step between leaves weights and optimizer alone: of 3 steps AdamW takes 2."""
     run = make_run(model, train_set, tmp_path, objective=Overflowing(beta=2000.0, at=1), num_steps=3)
     summary = loop.fit(run)
-    assert summary == {
-        "steps": 3,
-        "skipped_steps": 1,
-        "skipped_in_a_row": 0,
-        "empty_steps": 0,
-        "empty_in_a_row": 0,
-    }
+    assert summary == {"steps": 3, "skipped_steps": 1, "empty_steps": 0}
     kept = newest(tmp_path)
     assert {entry["step"].item() for entry in kept.state["optimizer"]["state"].values()} == {2.0}
     assert all(torch.isfinite(tensor).all() for tensor in kept.trained.values())

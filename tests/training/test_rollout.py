@@ -23,7 +23,7 @@ from diffalign.scorers._base import Scorer, Scores
 from diffalign.scorers.clip import Plugin as CLIP
 from diffalign.training import loop
 from diffalign.training.checkpoint import load_latest
-from diffalign.training.judge import Judge, check_reward
+from diffalign.training.labeller import Labeller, check_reward
 from diffalign.training.ranks import Ranks
 from diffalign.training.rollout import Rollout, check_rollout, embed_prompts
 from diffalign.training.setup import accelerator_for
@@ -80,9 +80,9 @@ def make_rollout(
         }
     )
     objective = objective or Dragon()
-    judge = Judge(objective, scorer or Brightness(levels))
+    labeller = Labeller(objective, scorer or Brightness(levels))
     texts = embed_prompts(model, PROMPTS, settings.preprocess)
-    return Rollout(model, objective, judge, PROMPTS, texts, settings, Ranks(accelerator_for("fp32")))
+    return Rollout(model, objective, labeller, PROMPTS, texts, settings, Ranks(accelerator_for("fp32")))
 
 
 def take(rollout: Rollout, count: int, start: int = 0) -> list[Any]:
@@ -226,8 +226,8 @@ def test_a_picture_and_its_quarters_are_compared_with_exemplars(tmp_path: Path) 
             return torch.tensor(means) / 255.0
 
     grey = Image.new("RGB", (8, 8), (191, 191, 191))  # the mean of the spotted one
-    judge = Judge(Dragon(reward="exemplar", measure="frechet", exemplars=str(tmp_path)), Mean())
-    values = judge.look([spotted, grey, white], ["", "", ""], [None] * 3)
+    labeller = Labeller(Dragon(reward="exemplar", measure="frechet", exemplars=str(tmp_path)), Mean())
+    values = labeller.look([spotted, grey, white], ["", "", ""], [None] * 3)
     assert values.argmax() == 0 and values[0] > values[1] + 0.1 and values[1] > values[2]
 
 
@@ -236,9 +236,9 @@ def test_features_that_are_not_finite_name_their_prompt() -> None:
         def embed_images(self, pictures: list[Any]) -> torch.Tensor:
             return torch.tensor([[1.0, 2.0], [torch.nan, 1.0]])
 
-    judge = Judge(Dragon(reward="set", measure="vendi"), Broken())
+    labeller = Labeller(Dragon(reward="set", measure="vendi"), Broken())
     with pytest.raises(UserError, match="gives features that are not finite for a picture of 'the second'"):
-        judge.look([object(), object()], ["the first", "the second"], [None, None])
+        labeller.look([object(), object()], ["the first", "the second"], [None, None])
 
 
 def test_a_picture_without_a_value_names_its_prompt(model: Any) -> None:

@@ -49,7 +49,7 @@ def check_reward(objective: OnPolicyObjective, scorer: Any) -> None:
         )
 
 
-class Judge:
+class Labeller:
     """Rewards of the pictures of a rollout.
 
     `look` sees this process's pictures; what it gives is gathered and goes to `targets`.
