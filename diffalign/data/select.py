@@ -55,12 +55,19 @@ HINTS = {
     "no_score": "score the pictures with the scorer that the objective reads, then pair them again",
     "equal_scores": "use a finer scorer, or pictures that differ more",
     "single_picture": "draw several pictures a prompt, then pair how=lists",
+    "not_a_pair": "make pairs with diffalign pair how=all_pairs",
     "not_a_list": "make lists with diffalign pair how=lists",
     "missing_image": "the paths of the rows start from the data's own folder",
 }
-"""What helps when nearly all records are dropped for one reason."""
+"""What helps when most of the dropped records are dropped for one reason."""
 
 NAMED_IN_MESSAGES = 3
+
+
+def _hint(dropped: Mapping[str, list[str]]) -> str:
+    """What helps against the reason that most of the dropped records have; "" where nothing is known."""
+    most = max(dropped, key=lambda reason: len(dropped[reason]), default="")
+    return HINTS.get(most, "")
 
 
 @dataclass(frozen=True)
@@ -173,8 +180,8 @@ class Tally:
         """Raises UserError when no record was usable."""
         if self.used:
             return
-        most = max(self.dropped, key=lambda reason: len(self.dropped[reason]), default="")
-        hint = f": {HINTS[most]}" if most in HINTS else ""
+        hint = _hint(self.dropped)
+        hint = hint and f": {hint}"
         raise UserError(f"{self.what}: none of {self.asked} rows is usable ({self.reasons()}){hint}")
 
     def refuse_if_too_many(self, max_share: float) -> None:
@@ -186,7 +193,7 @@ class Tally:
         raise UserError(
             f"{self.what}: {share:.1%} of the rows that could be used are bad, "
             f"more than max_bad_share={max_share:g}: "
-            f"{', '.join(groups)}; repair the data or raise data.max_bad_share"
+            f"{', '.join(groups)}; {_hint(self.bad) or 'repair the data'} or raise data.max_bad_share"
         )
 
 

@@ -116,6 +116,8 @@ def test_a_record_that_is_no_pair_is_counted() -> None:
     pairs = UsableGroups([single, *(to_record(str(index), row()) for index in range(30))])
     assert len(list(pairs)) == 30
     assert pairs.tally.dropped == {"not_a_pair": ["f:0"]}
+    with pytest.raises(UserError, match="make pairs with diffalign pair how=all_pairs or raise"):
+        list(UsableGroups([single]))
 
 
 def test_limit_counts_usable_pairs_and_reads_no_further() -> None:
