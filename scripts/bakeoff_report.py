@@ -10,6 +10,11 @@ from comparison import KINDS, PICTURES, interval, signed
 
 from diffalign.common.statistics import bootstrap_interval
 
+SEEDS = (
+    "Win rates over the base with a 95 % interval over prompts, all seeds together. The interval does not know "
+    "how far the seeds of training lie apart: the next column shows it."
+)
+
 MUST_BEAT_BASE = ("dpo", "mapo", "smpo", "rankdpo", "dragon")
 
 
@@ -46,13 +51,14 @@ def as_markdown(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, 
     tested = {name: found for name, found in tested.items() if found}
     drafting = [row["drafts_core_seconds"] for row in rows if row["phase"] == "prepare"]
     if tested:
-        lines += ["## On held-out prompts", "", *results_table(tested), "", *cost_table(tested, drafting), ""]
+        lines += ["## On held-out prompts", "", SEEDS, ""]
+        lines += [*results_table(tested, tested.get("dpo")), "", *cost_table(tested, drafting), ""]
         lines += reporting.bars(bars(tested, own))
     asked = {name: of_phase(rows, "confirm", name) for name in methods}
     asked = {name: found for name, found in asked.items() if found}
     if asked:
         lines += ["## Asked afterwards, on held-out prompts: beside the comparison, no part of it", ""]
-        lines += [*results_table(asked), "", *cost_table(asked, drafting), ""]
+        lines += [*results_table(asked, tested.get("dpo")), "", *cost_table(asked, drafting), ""]
     lines += ["## Settings, on the tuning prompts", ""]
     lines += [*settings_table(rows, methods, own, phase="tune"), ""]
     if any(row["phase"] == "asked" for row in rows):
@@ -79,13 +85,23 @@ def pooled_win_rate(found: list[dict[str, Any]]) -> dict[str, Any]:
     return bootstrap_interval(values, clusters=clusters).as_dict()
 
 
-def results_table(tested: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What came out."""
+def difference(found: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of two methods' win rates, picture by picture, each the mean of its seeds; a prompt is one cluster."""
+    ours, theirs = (
+        np.mean([[int(s) / 2 for s in row["wins"]] for row in rows], 0) for rows in (found, other)
+    )
+    return bootstrap_interval(ours - theirs, clusters=np.arange(len(ours)) // PICTURES).as_dict()
+
+
+def results_table(
+    tested: dict[str, list[dict[str, Any]]], yardstick: list[dict[str, Any]] | None
+) -> list[str]:
+    """What came out; `yardstick`: the rows that win rates are compared with."""
     lines = [
-        "| method | seeds | win rate | "
+        "| method | win rate | of each seed | minus dpo | "
         + " | ".join(KINDS)
         + " | implicit accuracy | Vendi / base | own reward |",
-        "|---" * (len(KINDS) + 6) + "|",
+        "|---" * (len(KINDS) + 7) + "|",
     ]
     for name, found in tested.items():
         parts = [
@@ -96,8 +112,9 @@ def results_table(tested: dict[str, list[dict[str, Any]]]) -> list[str]:
         own = "; ".join(signed(r["own_reward"]["gain"]) for r in found if r["own_reward"]) or "-"
         cells = [
             name,
-            str(len(found)),
             interval(pooled_win_rate(found)),
+            ", ".join(f"{row['win_rate']:.3f}" for row in sorted(found, key=lambda row: row["seed"])),
+            "-" if yardstick is None or found == yardstick else signed(difference(found, yardstick)),
             *parts,
             f"{implicit:.3f}",
             f"{vendi:.3f}",

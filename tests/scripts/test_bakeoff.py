@@ -95,6 +95,15 @@ def test_a_prompt_is_one_cluster_over_all_seeds(report: Any) -> None:
     assert pooled["estimate"] == 0.5 and (pooled["low"], pooled["high"]) == (0.0, 1.0)
 
 
+def test_methods_are_compared_picture_by_picture_over_the_mean_of_their_seeds(report: Any) -> None:
+    # By hand: the seeds' means are 1, 3/4, 0, 1/4 against 1/2, 1/2, 0, 1/2 of the other method.
+    ours = [row("test", "mapo", 0, seed, wins) for seed, wins in enumerate(("2201", "2100"))]
+    found = report.difference(ours, [row("test", "dpo", 0, 0, "1101")])
+    assert found["estimate"] == pytest.approx((1 / 2 + 1 / 4 + 0 - 1 / 4) / 4)
+    # Two prompts of two pictures each: +3/8 and -1/8 are the ends of what resampling gives.
+    assert (found["low"], found["high"]) == (pytest.approx(-1 / 8), pytest.approx(3 / 8))
+
+
 def test_the_bars_can_be_met_and_missed(report: Any) -> None:
     tested = {
         "dpo": [row("test", "dpo", 0, 0, "22" * 20)],
@@ -113,12 +122,13 @@ def test_the_page_shows_every_setting_and_what_it_took(report: Any) -> None:
     rows.append(row("test", "dpo", 1, 0, "22222211"))
     rows.append(row("asked", "dpo", 0, 0, "2222"))
     rows.append(row("test", "dpo", 0, 0, "0000"))  # of a setting that was chosen once: not pooled
-    rows += [row("confirm", "mapo", 0, seed, "2222") for seed in range(3)]
+    rows += [row("confirm", "mapo", 0, seed, "22222222") for seed in range(3)]
     rows.append({"phase": "prepare", "seed": 1, "drafts_core_seconds": 500.0, "cell_core_seconds": 1800.0})
     text = report.as_markdown(rows, ["dpo", "mapo", "sft"], ("dragon_set",))
     assert text.count("**dpo**") == 1 and "Asked afterwards" in text
     assert "8 cells, 4.5 hours of one core" in text
-    assert "| mapo | 3 | 1.000 [1.000, 1.000] |" in text and "mapo beats the base" not in text
+    assert "| mapo | 1.000 [1.000, 1.000] | 1.000, 1.000, 1.000 | +" in text
+    assert "mapo beats the base" not in text
     assert "| dpo | lr 0.0001, groups 16 | 0.750 | +10.0 | - |" in text
     assert "| **dpo** | lr 0.0002, groups 16 | 1.000 | +10.0 | - |" in text
     # 0.875 of the pictures won: 37.5 points above one half, for 20,000 or 50,000 evaluations.
