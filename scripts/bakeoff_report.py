@@ -11,8 +11,8 @@ from comparison import KINDS, PICTURES, interval, signed
 from diffalign.common.statistics import bootstrap_interval
 
 SEEDS = (
-    "Win rates over the base with a 95 % interval over prompts, all seeds together. The interval does not know "
-    "how far the seeds of training lie apart: the next column shows it."
+    "Win rates over the base with a 95 % interval over prompts, all seeds together. The interval does not "
+    "know how far the seeds of training lie apart: the next column shows it."
 )
 
 MUST_BEAT_BASE = ("dpo", "mapo", "smpo", "rankdpo", "dragon")
