@@ -95,8 +95,8 @@ def wanted(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if arguments.phase in ("tune", "asked"):
             cells += cells_of(arguments.phase, method)
         elif arguments.phase == "confirm":
-            if method in CONFIRMED:
-                cells += over_seeds("confirm", method, CONFIRMED[method])
+            for setting in CONFIRMED.get(method, ()):
+                cells += over_seeds("confirm", method, setting)
         else:
             untuned = [c for c in cells_of("tune", method) if c not in done()]
             if untuned:

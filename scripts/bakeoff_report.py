@@ -54,8 +54,9 @@ def as_markdown(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, 
         lines += ["## On held-out prompts", "", SEEDS, ""]
         lines += [*results_table(tested, tested.get("dpo")), "", *cost_table(tested, drafting), ""]
         lines += reporting.bars(bars(tested, own))
-    asked = {name: of_phase(rows, "confirm", name) for name in methods}
-    asked = {name: found for name, found in asked.items() if found}
+    asked: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for name in methods for row in of_phase(rows, "confirm", name)):
+        asked.setdefault(other_settings(row, tested.get(row["method"])), []).append(row)
     if asked:
         lines += ["## Asked afterwards, on held-out prompts: beside the comparison, no part of it", ""]
         lines += [*results_table(asked, tested.get("dpo")), "", *cost_table(asked, drafting), ""]
@@ -76,6 +77,13 @@ def tested_rows(rows: list[dict[str, Any]], method: str, *, own: bool) -> list[d
 def of_phase(rows: list[dict[str, Any]], phase: str, method: str) -> list[dict[str, Any]]:
     """The rows of a method in a phase."""
     return [row for row in rows if row["phase"] == phase and row["method"] == method]
+
+
+def other_settings(row: dict[str, Any], tested: list[dict[str, Any]] | None) -> str:
+    """The method of a row, and what it sets otherwise than the tested rows of that method do."""
+    usual = tested[0]["settings"] if tested else {}
+    shown = [f"{key} {value}" for key, value in row["settings"].items() if value != usual.get(key)]
+    return " ".join([row["method"], f"({', '.join(shown)})" if shown else ""]).strip()
 
 
 def pooled_win_rate(found: list[dict[str, Any]]) -> dict[str, Any]:

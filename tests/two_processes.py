@@ -88,7 +88,7 @@ def _run(rank: int, port: int, arguments: list[str], folder: Path, environment: 
         os.dup2(log.fileno(), 2)
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in told.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", **environment})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", **environment})
 
     import torch
     from safetensors.torch import save_file

@@ -122,13 +122,16 @@ def test_the_page_shows_every_setting_and_what_it_took(report: Any) -> None:
     rows.append(row("test", "dpo", 1, 0, "22222211"))
     rows.append(row("asked", "dpo", 0, 0, "2222"))
     rows.append(row("test", "dpo", 0, 0, "0000"))  # of a setting that was chosen once: not pooled
-    rows += [row("confirm", "mapo", 0, seed, "22222222") for seed in range(3)]
+    rows += [row("confirm", "mapo", setting, 0, "22222222") for setting in (0, 1)]
+    rows += [row("tune", "mapo", 0, 0, "1122"), row("test", "mapo", 0, 0, "22220000")]
     rows.append({"phase": "prepare", "seed": 1, "drafts_core_seconds": 500.0, "cell_core_seconds": 1800.0})
     text = report.as_markdown(rows, ["dpo", "mapo", "sft"], ("dragon_set",))
     assert text.count("**dpo**") == 1 and "Asked afterwards" in text
-    assert "8 cells, 4.5 hours of one core" in text
-    assert "| mapo | 1.000 [1.000, 1.000] | 1.000, 1.000, 1.000 | +" in text
-    assert "mapo beats the base" not in text
+    assert "9 cells, 5.0 hours of one core" in text
+    assert "| mapo | 0.500 [0.000, 1.000] | 0.500 | -" in text
+    assert "| mapo | 1.000 [1.000, 1.000] | 1.000 | +" in text  # all as tested
+    assert "| mapo (lr 0.0002) | 1.000 [1.000, 1.000] | 1.000 | +" in text
+    assert "| mapo beats the base: interval above one half | NO |" in text
     assert "| dpo | lr 0.0001, groups 16 | 0.750 | +10.0 | - |" in text
     assert "| **dpo** | lr 0.0002, groups 16 | 1.000 | +10.0 | - |" in text
     # 0.875 of the pictures won: 37.5 points above one half, for 20,000 or 50,000 evaluations.
@@ -184,7 +187,9 @@ def test_a_row_of_other_settings_is_refused_and_half_tuning_too(bakeoff: Any) ->
 
 def test_what_was_asked_is_confirmed_on_the_test_prompts(bakeoff: Any) -> None:
     cells = bakeoff.wanted(argparse.Namespace(phase="confirm", only=list(bakeoff.SETTINGS)))
-    assert [cell["seed"] for cell in cells] == [0, 1, 2] and {cell["method"] for cell in cells} == {"mapo"}
+    assert [cell["seed"] for cell in cells] == [0, 1, 2] * 2 and {cell["method"] for cell in cells} == {
+        "mapo"
+    }
     assert all(bakeoff.candidates("confirm")[c["method"]][c["setting"]] for c in cells)
     assert bakeoff.prompts_of("confirm") == bakeoff.prompts_of("test")
     assert not set(bakeoff.prompts_of("test")) & set(bakeoff.prompts_of("tune"))
