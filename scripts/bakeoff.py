@@ -151,8 +151,10 @@ def done() -> list[dict[str, Any]]:
 
 def run_cells(out: Path, cells: list[dict[str, Any]], jobs: int) -> None:
     """Runs the cells, `jobs` at a time, and appends a row for each that ends well."""
-    for phase, seed in sorted({(c["phase"], c["seed"]) for c in cells}):
-        prepare(out, phase, seed)
+    for phase in sorted({c["phase"] for c in cells}):
+        prepare(out, phase)
+    for seed in sorted({c["seed"] for c in cells if learns_from_drafts(c)}):
+        prepare_drafts(out, seed)
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(spawn, out, c): c for c in cells}
@@ -199,26 +201,33 @@ def prompts_of(phase: str) -> list[str]:
     return walk.held_out_prompts(TUNING_PROMPTS, tuning=True)
 
 
-def prepare(out: Path, phase: str, seed: int) -> None:
-    """What several cells share: training pictures of the seed, base pictures and exemplars.
-
-    Adds a row of what it took, where the training pictures were not there yet.
-    """
+def prepare(out: Path, phase: str) -> None:
+    """What all cells of a phase share: exemplars, and the base's pictures with their pairs."""
     out.mkdir(parents=True, exist_ok=True)
+    walk.draw_exemplars(out / "exemplars", walk.train_prompts(SIZE.exemplars))
+    drawn = base_of(out, phase)
+    base = graded(drawn, prompts_of(phase), picture_seeds(), SIZE)
+    pair(images=str(base), out=f"{drawn}-pairs", by="scene", how="all_pairs")
+
+
+def learns_from_drafts(which: dict[str, Any]) -> bool:
+    """Whether a cell learns from pictures drawn beforehand: all but on-policy ones."""
+    method = candidates(which["phase"])[which["method"]][which["setting"]]
+    return not isinstance(method.make(Path("exemplars")), OnPolicyObjective)
+
+
+def prepare_drafts(out: Path, seed: int) -> None:
+    """The training pictures of a seed; adds a row of what they took, where they were not there yet."""
     drafts = out / f"drafts-{seed}"
     fresh, started = not drafts.exists(), time.process_time()
     walk.draw_drafts(drafts / "pictures", walk.train_prompts(SIZE.train_prompts), SIZE, seed=seed)
     walk.grade(drafts / "graded", drafts / "pictures")
     for unit in ("pair", "list"):
         walk.prefer(drafts / unit, drafts / "graded", unit=unit)
-    drafted = time.process_time() - started
-    walk.draw_exemplars(out / "exemplars", walk.train_prompts(SIZE.exemplars))
-    drawn = base_of(out, phase)
-    base = graded(drawn, prompts_of(phase), picture_seeds(), SIZE)
-    pair(images=str(base), out=f"{drawn}-pairs", by="scene", how="all_pairs")
     if fresh:
-        row = {"phase": "prepare", "seed": seed, "drafts_core_seconds": drafted}
-        files.append_jsonl(ROWS, [{**row, "cell_core_seconds": time.process_time() - started}])
+        took = time.process_time() - started
+        row = {"phase": "prepare", "seed": seed, "drafts_core_seconds": took, "cell_core_seconds": took}
+        files.append_jsonl(ROWS, [row])
 
 
 def picture_seeds() -> list[int]:
