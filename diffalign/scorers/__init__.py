@@ -10,7 +10,7 @@ from typing import Any
 
 from diffalign.common.errors import unknown
 from diffalign.common.plugins import get
-from diffalign.scorers._base import Scorer, Scores
+from diffalign.scorers._base import Scorer, Scores, score_all
 from diffalign.scorers._distribution import frechet_distance, mmd, precision, recall, vendi_score
 from diffalign.scorers._set_rewards import SetReward, exemplar_reward, set_reward
 
@@ -24,6 +24,7 @@ __all__ = [
     "mmd",
     "precision",
     "recall",
+    "score_all",
     "set_reward",
     "vendi_score",
 ]

@@ -1,8 +1,8 @@
 """The contract of every scorer: pictures (and what they should show) in, one number per picture out.
 
 A plug-in is a dataclass `Plugin(Scorer)`: its fields are its options, `load` brings in weights,
-`_score_batch` does the work on one checked batch. Checking, batching and shapes live here, so that no
-scorer can differ in them.
+`_score_batch` does the work on one checked batch (`_score_group`, on one group, where values only hold among
+the pictures of a group). Checking, batching and shapes live here, so that no scorer can differ in them.
 
 Nothing heavy is imported with this module: constructing a plug-in to check its options must stay cheap.
 """
@@ -10,6 +10,7 @@ Nothing heavy is imported with this module: constructing a plug-in to check its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,6 +20,8 @@ from diffalign.common.plugins import plugin_name
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from diffalign.scorers._memo import PictureMemo
 
     Images = list[Image.Image] | torch.Tensor
     """Pictures of one call: a list of PIL pictures of any size, or a float tensor [B, 3, H, W] in [0, 1]."""
@@ -63,6 +66,16 @@ class Scores:
             errors=[error for b in batches for error in b.errors],
         )
 
+    def take(self, places: Sequence[int]) -> Scores:
+        """Returns the scores at these places, in that order."""
+        index = list(places)
+        return Scores(
+            values=self.values[index],
+            parts={name: part[index] for name, part in self.parts.items()},
+            maps={name: maps[index] for name, maps in self.maps.items()},
+            errors=[self.errors[place] for place in index],
+        )
+
 
 class Scorer:
     """Base of every scorer plug-in.
@@ -70,9 +83,11 @@ class Scorer:
     Class attributes say what a scorer is before any weight is loaded:
         needs: what a call must bring beside pictures: a subset of {"prompts", "context"}.
         higher_is_better: False for distances and complaints.
-        differentiable: a gradient reaches pictures (a tensor that asks for one), never the weights.
         media: "image".
     Attributes of an instance:
+        differentiable: a gradient reaches pictures (a tensor that asks for one), never the weights.
+        relative: values hold among the pictures of one prompt only (judges of pairs, votes): all of them must
+            come in one call, which sorts them into groups by `context["group"]`, else by prompt.
         scale: name of the scale of its values, one of those in the plug-in's docstring.
         version: which code and weights give the values; numbers of two versions are not comparable.
         batch_size: pictures judged at a time; it changes speed and memory, never a value.
@@ -80,12 +95,21 @@ class Scorer:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     higher_is_better: ClassVar[bool] = True
-    differentiable: ClassVar[bool] = False
     media: ClassVar[str] = "image"
 
     scale: str
     version: str = "1"
     batch_size: int = 32
+
+    @property
+    def differentiable(self) -> bool:
+        """See above; a property, since an option may decide it."""
+        return False
+
+    @property
+    def relative(self) -> bool:
+        """See above; a property, since an option may decide it."""
+        return False
 
     def load(self, device: str = "cpu") -> Self:
         """Returns this scorer, ready to score on `device`; a scorer with weights reads them here."""
@@ -95,10 +119,20 @@ class Scorer:
         """Returns the networks of a loaded scorer: frozen, in evaluation mode."""
         return []
 
+    def memos(self) -> list[PictureMemo]:
+        """Returns where features of pictures can be kept during a pass, so that scorers share them."""
+        return []
+
     def _score_batch(
         self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None
     ) -> Scores:
         """Returns the scores of one checked batch; what the scorer needs is there."""
+        raise NotImplementedError
+
+    def _score_group(
+        self, images: Images, prompt: str | None, context: list[Mapping[str, Any]] | None
+    ) -> Scores:
+        """Returns the scores of all pictures of one prompt; for relative scorers, instead of the above."""
         raise NotImplementedError
 
     def score(
@@ -126,15 +160,69 @@ class Scorer:
         texts = self._checked("prompts", prompts, len(images), name)
         contexts = self._checked("context", context, len(images), name)
         wants_gradient = self.differentiable and isinstance(images, torch.Tensor) and images.requires_grad
-        batches = []
         with torch.set_grad_enabled(wants_gradient and torch.is_grad_enabled()):
+            if self.relative:
+                return self._score_groups(images, texts, contexts)
+            batches = []
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 batch = self._score_batch(images[rows], texts and texts[rows], contexts and contexts[rows])
-                batch.values = batch.values.float().reshape(-1)
-                batch.errors = batch.errors or [None] * len(batch.values)
-                batches.append(batch)
+                batches.append(_complete(batch))
         return Scores.cat(batches)
+
+    def compare(
+        self,
+        groups: Sequence[Images],
+        prompts: Sequence[str] | None = None,
+        *,
+        context: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+    ) -> list[Scores]:
+        """Returns the scores of each group of pictures, [k] for a group of k: higher is preferred in it.
+
+        Args:
+            groups: pictures of one prompt each, as in `score`.
+            prompts: one text per group.
+            context: per group, one mapping per picture.
+
+        Raises:
+            UserError: as in `score`.
+        """
+        name = plugin_name(self)
+        texts = self._checked("prompts", prompts, len(groups), name)
+        found = []
+        for index, images in enumerate(groups):
+            check_images(images, name)
+            of_group = self._checked("context", context[index] if context else None, len(images), name)
+            if self.relative:
+                with no_gradient():
+                    scores = self._score_group(images, texts[index] if texts else None, of_group)
+                found.append(_complete(scores))
+            else:
+                repeated = [texts[index]] * len(images) if texts else None
+                found.append(self.score(images, repeated, context=of_group))
+        return found
+
+    def _score_groups(
+        self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None
+    ) -> Scores:
+        """Returns the scores of a relative scorer: group after group, put back in the given order."""
+        groups: dict[Any, list[int]] = {}
+        for place in range(len(images)):
+            key = (context[place].get("group") if context else None) or (prompts[place] if prompts else None)
+            groups.setdefault(key, []).append(place)
+        found = []
+        for places in groups.values():
+            chosen: Any = [images[place] for place in places]
+            if not isinstance(images, list):
+                chosen = images[places]
+            scores = self._score_group(
+                chosen,
+                prompts[places[0]] if prompts else None,
+                [context[place] for place in places] if context else None,
+            )
+            found.append(_complete(scores))
+        order = [place for places in groups.values() for place in places]
+        return Scores.cat(found).take(sorted(range(len(order)), key=order.__getitem__))
 
     def __call__(
         self,
@@ -158,6 +246,51 @@ class Scorer:
         if len(given) != count:
             raise UserError(f"scorer {name}: {count} pictures but {len(given)} {what}: pass one per picture")
         return list(given)
+
+
+def score_all(
+    scorers: Mapping[str, Scorer],
+    images: Images,
+    prompts: Sequence[str] | None = None,
+    *,
+    context: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Scores]:
+    """Returns the scores of several loaded scorers, by label; networks that they share run once a picture.
+
+    Args:
+        scorers: label -> scorer.
+        images: as in `Scorer.score`.
+        prompts: one text per picture; each scorer is given what it needs of these.
+        context: one mapping per picture.
+
+    Raises:
+        UserError: as in `Scorer.score`.
+    """
+    with ExitStack() as stack:
+        for memo in (memo for scorer in scorers.values() for memo in scorer.memos()):
+            stack.enter_context(memo.one_pass())
+        return {
+            label: scorer.score(
+                images,
+                prompts if "prompts" in scorer.needs or scorer.relative else None,
+                context=context if "context" in scorer.needs or scorer.relative else None,
+            )
+            for label, scorer in scorers.items()
+        }
+
+
+def _complete(scores: Scores) -> Scores:
+    """Returns the scores of a batch with values float32 [B] and an entry of `errors` for each."""
+    scores.values = scores.values.float().reshape(-1)
+    scores.errors = scores.errors or [None] * len(scores.values)
+    return scores
+
+
+def no_gradient() -> torch.no_grad:
+    """Returns torch's context without gradients; torch is imported only now."""
+    import torch
+
+    return torch.no_grad()
 
 
 def check_images(images: Any, name: str) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer
-from diffalign.scorers._clip_pixels import Preprocess
-from diffalign.scorers._clip_towers import hub_files, tag_uses_quick_gelu
+from diffalign.scorers._pixels import Preprocess
+from diffalign.scorers._towers import hub_files, tag_uses_quick_gelu
 from tests.tiny_clip import full_tokenizer, model_config, write_open_clip, write_transformers
 
 PROMPTS = [

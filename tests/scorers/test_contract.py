@@ -17,7 +17,7 @@ import torch
 
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import names, plugin_name
-from diffalign.scorers import Scorer, load_scorer
+from diffalign.scorers import Scorer, load_scorer, score_all
 
 
 def _tests_of(name: str) -> ModuleType:
@@ -149,19 +149,69 @@ def test_lengths_must_agree(case, scorer):
         scorer(images, "abcdef")
 
 
-def test_no_gradient_reaches_weights(case, scorer):
+@pytest.fixture(scope="module")
+def variants(case, scorer) -> list[Scorer]:
+    """The scorer, and in mode=tensor where it has modes: what is differentiable there must be."""
+    if "mode" not in {field.name for field in dataclasses.fields(scorer)}:
+        return [scorer]
+    return [scorer, load_scorer(case[0], **{**case[1], "mode": "tensor"})]
+
+
+def test_no_gradient_reaches_weights(case, variants):
     _, _, _, prompts, context = case
-    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    values = scorer(pixels, prompts and prompts[:2], context=context and context[:2])
-    assert values.requires_grad == scorer.differentiable
-    if scorer.differentiable:
-        values.sum().backward()
-        assert pixels.grad.abs().sum() > 0
-    if type(scorer).load is not Scorer.load:
-        assert scorer.modules()
-    for module in scorer.modules():
-        assert not module.training
-        assert all(not p.requires_grad and p.grad is None for p in module.parameters())
+    for scorer in variants:
+        pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        values = scorer(pixels, prompts and prompts[:2], context=context and context[:2])
+        assert values.requires_grad == scorer.differentiable
+        if scorer.differentiable:
+            values.sum().backward()
+            assert pixels.grad.abs().sum() > 0
+        if type(scorer).load is not Scorer.load:
+            assert scorer.modules()
+        for module in scorer.modules():
+            assert not module.training
+            assert all(not p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def test_the_gradient_is_that_of_finite_differences(case, variants):
+    """Along one random direction, each picture on its own."""
+    _, _, _, prompts, context = case
+    for scorer in (each for each in variants if each.differentiable):
+        generator = torch.Generator().manual_seed(1)
+        pixels = torch.rand(1, 3, 48, 64, generator=generator) * 0.8 + 0.1
+        direction = torch.randn(pixels.shape, generator=generator)
+
+        def along(step: float, *, scorer=scorer, pixels=pixels, direction=direction) -> torch.Tensor:
+            moved = pixels + step * direction
+            return scorer(moved, prompts and prompts[:1], context=context and context[:1])
+
+        step = torch.zeros((), requires_grad=True)
+        along(step).sum().backward()
+        h = 0.01
+        numeric = (along(h) - along(-h)).item() / (2 * h)
+        assert step.grad.item() == pytest.approx(numeric, rel=0.05, abs=1e-4)
+
+
+def test_a_pass_shared_with_others_changes_no_value(case, scorer):
+    _, _, images, prompts, context = case
+    alone = scorer(images, prompts, context=context)
+    (pair,) = score_all({"it": scorer}, images, prompts, context=context).values()
+    torch.testing.assert_close(pair.values, alone, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_groups_are_scored_together(case, scorer):
+    _, _, images, prompts, context = case
+    first, second = scorer.compare(
+        [images[:2], images[2:5]],
+        prompts and [prompts[0], prompts[2]],
+        context=context and [context[:2], context[2:5]],
+    )
+    assert first.values.shape == (2,) and second.values.shape == (3,)
+    assert len(second.errors) == 3
+    if not scorer.relative:
+        given = prompts and [prompts[2]] * 3
+        expected = scorer(images[2:5], given, context=context and context[2:5])
+        torch.testing.assert_close(second.values, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def test_an_unknown_option_names_the_nearest(case):

@@ -11,8 +11,8 @@ import torch
 
 from diffalign.common import files
 from diffalign.common.errors import UserError, brief
-from diffalign.scorers._clip_pixels import Preprocess
-from diffalign.scorers._clip_towers import Towers, check_end_token
+from diffalign.scorers._pixels import Preprocess
+from diffalign.scorers._towers import Towers, check_end_token
 
 LEGACY_END = 2
 """The end token's id in old configs: transformers then looks for the largest id instead."""
@@ -77,7 +77,6 @@ def transformers_folder(folder: Path, identity: str) -> Towers:
         identity=identity,
         scale=model.logit_scale.detach().exp().item(),
         bias=0.0,
-        device="cpu",
     )
 
 

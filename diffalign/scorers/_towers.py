@@ -16,15 +16,14 @@ tag in open_clip's table; for a bare weight file the architecture's name decides
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import pickle
 import re
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,13 @@ from PIL import Image
 
 from diffalign.common import files
 from diffalign.common.errors import UserError, brief, unknown
-from diffalign.scorers._clip_pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
+from diffalign.scorers._memo import PictureMemo, TextMemo
+from diffalign.scorers._pixels import OPENAI_MEAN, OPENAI_STD, Mode, Preprocess
+from diffalign.scorers._weights import content_of, hub_folder, not_tensors
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_*"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -59,54 +61,98 @@ class Towers:
     identity: str
     scale: float
     bias: float
-    device: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    memo: PictureMemo = field(default_factory=PictureMemo)
 
-    def images(self, images: list[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """Returns L2-normalised features float32 [B, d] of pictures."""
-        return F.normalize(self.encode_images(self.preprocess(images).to(self.device)).float(), dim=-1)
+    def __post_init__(self) -> None:
+        self._texts = TextMemo(lambda texts: F.normalize(self.encode_texts(texts).float(), dim=-1))
+
+    def images(
+        self,
+        images: list[Image.Image] | torch.Tensor,
+        preprocess: Preprocess | None = None,
+        mode: Mode = "reference",
+    ) -> torch.Tensor:
+        """Returns L2-normalised features float32 [B, d] of pictures.
+
+        They are prepared as the weights' own files say, or by another `preprocess`.
+        """
+        prepare = preprocess or self.preprocess
+
+        def encode(chosen: list[Image.Image] | torch.Tensor) -> torch.Tensor:
+            pixels = prepare(chosen, mode).to(self.device, self.dtype)
+            return F.normalize(self.encode_images(pixels).float(), dim=-1)
+
+        if isinstance(images, torch.Tensor):
+            return encode(images)
+        return self.memo(images, (prepare, mode), encode)
 
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """Returns L2-normalised features float32 [B, d] of texts."""
-        return F.normalize(self.encode_texts(texts).float(), dim=-1)
+        """Returns L2-normalised features float32 [B, d] of texts, without a gradient."""
+        return self._texts(texts)
+
+
+_opened: weakref.WeakValueDictionary[Any, Towers] = weakref.WeakValueDictionary()
+"""Towers in use: scorers that name the same weights share them."""
 
 
 def open_towers(
-    path: str, *, arch: str | None = None, revision: str | None = None, device: str = "cpu"
+    path: str,
+    *,
+    arch: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "fp32",
 ) -> Towers:
-    """Returns the towers found at `path`, on `device`, in float32.
+    """Returns the towers found at `path`, on `device`; those that are open already are given again.
 
     Args:
         path: folder, weight file, hub id, or (with `arch`) one of open_clip's tags.
         arch: open_clip's name of the architecture, for weights that do not say it themselves.
         revision: of a hub id.
         device: where the towers go.
+        dtype: fp32 | bf16 | fp16, what the networks compute in.
 
     Raises:
         UserError: nothing usable is at `path`, or weights and architecture do not fit.
     """
+    key = (path, arch, revision, device, dtype, _stamp(Path(path).expanduser()))
+    towers = _opened.get(key)
+    if towers is None:
+        towers = _open(path, arch, revision)
+        towers.module.requires_grad_(False).eval().to(device, DTYPES[dtype])
+        towers.device, towers.dtype = device, DTYPES[dtype]
+        _opened[key] = towers
+    return towers
+
+
+def _stamp(place: Path) -> tuple[tuple[str, int, int], ...]:
+    """Returns what changes when the files of a local place are written anew."""
+    found = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
+    return tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in found)
+
+
+def _open(path: str, arch: str | None, revision: str | None) -> Towers:
+    """Returns the towers found at `path`, on the CPU in float32."""
     place = Path(path).expanduser()
     if place.is_dir():
-        towers = _from_folder(place, arch, identity="")
-    elif place.is_file():
-        towers = _from_file(place, arch)
-    elif arch is not None and path in _tags(arch):
-        towers = _from_tag(path, arch)
-    elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and place.suffix != ".safetensors":
-        folder = _from_hub(path, revision)
+        return _from_folder(place, arch, identity="")
+    if place.is_file():
+        return _from_file(place, arch)
+    if arch is not None and path in _tags(arch):
+        return _from_tag(path, arch)
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and place.suffix != ".safetensors":
+        folder = hub_folder(path, revision, hub_files)
         towers = _from_folder(folder, arch, identity=f"hub:{folder.name[:12]}")
         towers.name = path
-    else:
-        tags = (
-            f", or one of the {arch} tags {', '.join(_tags(arch))}"
-            if arch is not None and _tags(arch)
-            else ""
-        )
-        raise UserError(
-            f"clip weights '{path}' do not exist: give a folder, a weight file, a hub id (org/name){tags}"
-        )
-    towers.module.requires_grad_(False).eval().to(device)
-    towers.device = device
-    return towers
+        return towers
+    tags = ""
+    if arch is not None and _tags(arch):
+        tags = f", or one of the {arch} tags {', '.join(_tags(arch))}"
+    raise UserError(
+        f"clip weights '{path}' do not exist: give a folder, a weight file, a hub id (org/name){tags}"
+    )
 
 
 def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
@@ -128,7 +174,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
             folder, identity or content_of(folder / OPEN_CLIP_CONFIG, open_clip_weights[0])
         )
     if has_config:
-        from diffalign.scorers._clip_transformers import transformers_folder
+        from diffalign.scorers._towers_transformers import transformers_folder
 
         if arch is not None:
             raise UserError(
@@ -202,13 +248,10 @@ def _build_open_clip(
             )
             tokenizer = open_clip.get_tokenizer(model_name)
         except pickle.UnpicklingError as error:
-            raise UserError(
-                f"clip weights {name} are a pickled program, not tensors, and are not opened: "
-                "convert them to safetensors"
-            ) from error
+            raise UserError(not_tensors(name)) from error
         except Exception as error:  # a torn file, a foreign architecture: libraries agree on no type
             raise UserError(f"clip weights {name} do not load: {brief(error)}") from error
-    return _open_clip_towers(model, tokenizer, name, identity)
+    return _open_towers(model, tokenizer, name, identity)
 
 
 def _openai_archive(path: Path) -> Towers:
@@ -223,10 +266,10 @@ def _openai_archive(path: Path) -> Towers:
             model = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
         except Exception as error:
             raise UserError(f"{path} is no CLIP archive of OpenAI's: {brief(error)}") from error
-    return _open_clip_towers(model, open_clip.get_tokenizer("ViT-B-32"), path.stem, content_of(path))
+    return _open_towers(model, open_clip.get_tokenizer("ViT-B-32"), path.stem, content_of(path))
 
 
-def _open_clip_towers(model: Any, tokenizer: Any, name: str, identity: str) -> Towers:
+def _open_towers(model: Any, tokenizer: Any, name: str, identity: str) -> Towers:
     """Returns an open_clip model and tokenizer as towers."""
     settings = dict(getattr(model.visual, "preprocess_cfg", {}))
     size = settings.get("size", model.visual.image_size)
@@ -257,7 +300,6 @@ def _open_clip_towers(model: Any, tokenizer: Any, name: str, identity: str) -> T
         identity=identity,
         scale=model.logit_scale.detach().exp().item(),
         bias=0.0 if bias is None else bias.detach().item(),
-        device="cpu",
     )
 
 
@@ -273,25 +315,6 @@ def check_end_token(ids: torch.Tensor, end: int | None, name: str) -> None:
             f"clip weights {name} read the text's feature at the largest token id ({largest}), but the end "
             f"token is {end}: set its id in the model's config, or give it the largest id"
         )
-
-
-def _from_hub(repo: str, revision: str | None) -> Path:
-    """Returns the local snapshot of a hub repository, downloading the files of one layout only."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        listing = HfApi().list_repo_files(repo, revision=revision)
-    except HFValidationError as error:
-        raise UserError(f"clip weights '{repo}' are no local folder and no hub id (org/name)") from error
-    except (OSError, HfHubHTTPError) as error:  # not there, or no network: perhaps it was downloaded before
-        try:
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise UserError(
-                f"clip weights '{repo}' are no local folder and the hub does not give them: {brief(error)}"
-            ) from error
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=hub_files(listing)))
 
 
 def hub_files(listing: list[str]) -> list[str]:
@@ -321,12 +344,6 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
-
-
-def content_of(*paths: Path) -> str:
-    """Returns a short name of the content of some files (12 hex digits)."""
-    identities = [files.file_identity(path) for path in paths]
-    return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,77 @@
+"""What a scorer need not compute twice: features of pictures within one pass, features of texts always."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+TEXTS = 4096
+"""Features of so many texts are kept, the latest used: 16 MB of 1,024 numbers each."""
+
+
+class TextMemo:
+    """Features of texts by the text itself: prompts repeat, once for each picture of theirs."""
+
+    def __init__(self, encode: Callable[[list[str]], torch.Tensor]) -> None:
+        self._encode = encode
+        self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """Returns features [B, d] of the texts; each new one is encoded once."""
+        unique = list(dict.fromkeys(texts))
+        missing = [text for text in unique if text not in self._known]
+        rows: dict[str, torch.Tensor] = {text: self._known[text] for text in unique if text in self._known}
+        if missing or not texts:
+            with torch.no_grad():
+                fresh = self._encode(missing)
+            if not texts:
+                return fresh
+            rows |= dict(zip(missing, fresh, strict=True))
+        for text in unique:
+            self._known[text] = rows[text]
+            self._known.move_to_end(text)
+        while len(self._known) > TEXTS:
+            self._known.popitem(last=False)
+        return torch.stack([rows[text] for text in texts])
+
+
+class PictureMemo:
+    """Features of the pictures of one pass, for all scorers that stand on the same network.
+
+    Outside of a pass nothing is kept: a picture is known by its identity, which only holds while the caller
+    keeps it, unchanged.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, int], torch.Tensor] | None = None
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Keeps features until the end of the block; passes may nest."""
+        if self._known is not None:
+            yield
+            return
+        self._known = {}
+        try:
+            yield
+        finally:
+            self._known = None
+
+    def __call__(
+        self, images: Sequence[Any], kind: Hashable, encode: Callable[[list[Any]], torch.Tensor]
+    ) -> torch.Tensor:
+        """Returns `encode(images)`, [B, d]; in a pass only of those not seen before in this `kind`."""
+        if self._known is None:
+            return encode(list(images))
+        known, keys = self._known, [(kind, id(image)) for image in images]
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
+        if missing or not images:
+            fresh = encode(list(missing.values()))
+            if not images:
+                return fresh
+            known.update(zip(missing, fresh, strict=True))
+        return torch.stack([known[key] for key in keys])
