@@ -17,7 +17,8 @@ from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer
 from diffalign.scorers._pixels import Preprocess
 from diffalign.scorers._towers import hub_files, tag_uses_quick_gelu
-from tests.tiny_clip import full_tokenizer, model_config, write_open_clip, write_transformers
+from tests.tiny_arch import known_arch, write_state_dict
+from tests.tiny_clip import full_tokenizer, write_open_clip, write_transformers
 
 PROMPTS = [
     "a red circle",
@@ -166,32 +167,19 @@ def test_a_weight_file_needs_its_architecture(tmp_path, folders):
         load_scorer("clip", path=str(tmp_path / "weights.safetensors"), arch="ViTB32")
 
 
-@pytest.fixture(scope="module")
-def arch(tmp_path_factory) -> str:
-    """The name of a tiny architecture with CLIP's own tokenizer, known to open_clip."""
-    path = tmp_path_factory.mktemp("arch") / "tiny-test-arch.json"
-    path.write_text(json.dumps(model_config(49408, own_tokenizer=False, quick_gelu=True)))
-    open_clip.add_model_config(path)
-    return path.stem
-
-
-def test_a_file_of_an_hps_like_checkpoint_is_read(tmp_path, arch):
+def test_a_file_of_an_hps_like_checkpoint_is_read(tmp_path):
     """Weights under `state_dict`, `module.` before each name, an architecture known by its name."""
-    source = write_open_clip(tmp_path / "source", own_tokenizer=False, quick_gelu=True)
-    state = load_file(source / "open_clip_model.safetensors")
-    torch.save(
-        {"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}}, tmp_path / "hps.pt"
-    )
-    scorer = load_scorer("clip", path=str(tmp_path / "hps.pt"), arch=arch)
+    path = write_state_dict(tmp_path / "hps.pt", prefix="module.")
+    scorer = load_scorer("clip", path=str(path), arch=known_arch())
     # The folder has its own normalisation, the bare file cannot: compare what does not depend on it.
-    folder = load_scorer("clip", path=str(source))
+    folder = load_scorer("clip", path=str(tmp_path / "hps-source"))
     torch.testing.assert_close(scorer.embed_texts(PROMPTS), folder.embed_texts(PROMPTS), rtol=0, atol=1e-6)
 
 
-def test_a_pickled_program_is_never_opened(tmp_path, arch):
+def test_a_pickled_program_is_never_opened(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
     with pytest.raises(UserError, match="pickled program"):
-        load_scorer("clip", path=str(tmp_path / "whole.pth"), arch=arch)
+        load_scorer("clip", path=str(tmp_path / "whole.pth"), arch=known_arch())
 
 
 def test_what_is_no_clip_model_is_named(tmp_path, folders):
