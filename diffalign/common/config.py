@@ -34,6 +34,7 @@ __all__ = [
     "load_recipe",
     "make_many",
     "make_one",
+    "plain_plugin",
     "plug_in_keys",
     "resolved_recipe",
 ]
@@ -109,11 +110,16 @@ def resolved_recipe(function: Callable[..., Any], arguments: Mapping[str, Any]) 
         value = arguments[key.name]
         if isinstance(key.plugin, One) and value is not None:
             made = make_one(key.plugin.kind, value)
-            value = {"name": plugins.plugin_name(made), **_schema.plain_fields(made)}
+            value = plain_plugin(made)
         elif isinstance(key.plugin, Many) and value is not None:
             value = {label: _entry(label, made) for label, made in make_many(key.plugin.kind, value).items()}
         resolved[key.name] = _schema.plain(value)
     return resolved
+
+
+def plain_plugin(made: Any) -> dict[str, Any]:
+    """Returns the name and options of a plug-in instance in plain types."""
+    return {"name": plugins.plugin_name(made), **_schema.plain_fields(made)}
 
 
 def make_one(kind: str, value: Any) -> Any:

@@ -195,19 +195,37 @@ def file_identity(path: str | Path, *, whole_up_to: int = FULL_HASH_LIMIT) -> di
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
+def folder_lock(folder: str | Path, *, member: int | None = None) -> Iterator[None]:
     """Holds `<folder>/.lock` (the folder is made if needed); the lock dies with the process that holds it.
 
     Children made by fork give their copy back at once, so that a killed run's loader workers, which live
     a few seconds longer, do not keep the folder locked.
 
+    Args:
+        folder: what to lock.
+        member: this process's number among several of one run, which hold the folder together.
+
     Raises:
-        UserError: another run holds the lock.
+        UserError: another run holds the lock, or another process is that member.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(Path(folder) / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    own = contextlib.nullcontext() if member is None else _lock_file(folder, f"{_LOCK}-{member}")
+    with _lock_file(folder, _LOCK, shared=member is not None), own:
+        yield
+
+
+@contextlib.contextmanager
+def waiting_lock(folder: str | Path, name: str) -> Iterator[None]:
+    """Holds `<folder>/.lock-NAME` alone, after waiting for the process that has it."""
+    with _lock_file(folder, f"{_LOCK}-{name}", wait=True):
+        yield
+
+
+@contextlib.contextmanager
+def _lock_file(folder: str | Path, name: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    descriptor = os.open(Path(folder) / name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, shared=shared, wait=wait)
         _held_locks.add(descriptor)
         yield
     finally:
@@ -228,9 +246,9 @@ def refuse_locked(folder: str | Path) -> None:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: str | Path) -> None:
+def _lock(descriptor: int, folder: str | Path, *, shared: bool = False, wait: bool = False) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise UserError(
             f"another run is writing to {folder}: wait for it, stop it, or choose another out="

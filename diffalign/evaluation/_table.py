@@ -28,7 +28,7 @@ def report_lines(report: Report) -> list[str]:
         f"{report.prompts} prompts, seeds {seeds}{more}: {report.pairs} pairs of aligned against base",
         "",
     ]
-    lines += _aligned(_reward_rows(report.rewards))
+    lines += verdict_lines(report.rewards)
     if report.drift:
         lines += ["", *_aligned(_drift_rows(report.drift))]
     for name, reward in report.rewards.items():
@@ -38,6 +38,11 @@ def report_lines(report: Report) -> list[str]:
         shown = ", ".join(report.unreadable[:5])
         lines.append(f"drift: {len(report.unreadable)} pairs with unreadable pictures left out ({shown})")
     return lines + [f"note: {note}" for note in report.notes]
+
+
+def verdict_lines(rewards: dict[str, Reward]) -> list[str]:
+    """Returns the verdicts as a table."""
+    return _aligned(_reward_rows(rewards))
 
 
 def _reward_rows(rewards: dict[str, Reward]) -> list[tuple[str, ...]]:

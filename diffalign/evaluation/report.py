@@ -108,14 +108,12 @@ def compare(
         UserError: the sides have no scorer in common, were scored on different scales or by different
             versions, or no pair has both scores.
     """
-    names = common_scorers(pairs)
-    rewards = {
-        name: _reward(pairs, name, name in lower_is_better, tie_epsilon, {"level": level, "seed": seed})
-        for name in names
-    }
+    rewards = verdicts(
+        pairs, lower_is_better=lower_is_better, tie_epsilon=tie_epsilon, level=level, seed=seed
+    )
     drift, unreadable = _drift(pairs, embedder, batch_size, {"level": level, "seed": seed})
     notes = [] if embedder is not None else [NOT_EMBEDDED]
-    alone = sorted({n for p in pairs for shot in (p.base, p.aligned) for n in shot.scores} - set(names))
+    alone = sorted({n for p in pairs for shot in (p.base, p.aligned) for n in shot.scores} - set(rewards))
     if alone:
         notes.append(f"on one side only, not compared: {', '.join(alone)}")
     return Report(
@@ -127,6 +125,22 @@ def compare(
         unreadable=unreadable,
         notes=notes,
     )
+
+
+def verdicts(
+    pairs: Sequence[Pair],
+    *,
+    lower_is_better: frozenset[str] = frozenset(),
+    tie_epsilon: float = 0.0,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Reward]:
+    """Returns scorer -> verdict on matched pairs; arguments and errors as of `compare`."""
+    settings = {"level": level, "seed": seed}
+    return {
+        name: _reward(pairs, name, name in lower_is_better, tie_epsilon, settings)
+        for name in common_scorers(pairs)
+    }
 
 
 def common_scorers(pairs: Sequence[Pair]) -> list[str]:

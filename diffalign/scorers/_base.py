@@ -123,6 +123,12 @@ class Scorer:
         """Returns where features of pictures can be kept during a pass, so that scorers share them."""
         return []
 
+    def prepare_ahead(self, images: list[Image.Image]) -> None:
+        """Does what scoring these pictures will ask for and needs no device, where a pass keeps it.
+
+        It is called from other threads while the scorer works on pictures before these.
+        """
+
     def _score_batch(
         self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None
     ) -> Scores:

@@ -40,7 +40,7 @@ class TextMemo:
 
 
 class PictureMemo:
-    """Features of the pictures of one pass, for all scorers that stand on the same network.
+    """Pixels and features of the pictures of one pass, for all scorers that stand on the same network.
 
     Outside of a pass nothing is kept: a picture is known by its identity, which only holds while the caller
     keeps it, unchanged.
@@ -51,7 +51,7 @@ class PictureMemo:
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Keeps features until the end of the block; passes may nest."""
+        """Keeps what is computed until the end of the block; passes may nest."""
         if self._known is not None:
             yield
             return
@@ -61,16 +61,24 @@ class PictureMemo:
         finally:
             self._known = None
 
+    def forget(self, images: Sequence[Any]) -> None:
+        """Drops what is known of these pictures, before the caller lets go of them."""
+        gone = {id(image) for image in images}
+        known = self._known if self._known is not None else {}
+        for key in [key for key in list(known) if key[1] in gone]:  # in place: other threads may be adding
+            del known[key]
+
     def __call__(
-        self, images: Sequence[Any], kind: Hashable, encode: Callable[[list[Any]], torch.Tensor]
+        self, images: Sequence[Any], kind: Hashable, compute: Callable[[list[Any]], torch.Tensor]
     ) -> torch.Tensor:
-        """Returns `encode(images)`, [B, d]; in a pass only of those not seen before in this `kind`."""
-        if self._known is None:
-            return encode(list(images))
-        known, keys = self._known, [(kind, id(image)) for image in images]
+        """Returns `compute(images)`, [B, ...]; in a pass only of those not seen before in this `kind`."""
+        known = self._known
+        if known is None:
+            return compute(list(images))
+        keys = [(kind, id(image)) for image in images]
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
         if missing or not images:
-            fresh = encode(list(missing.values()))
+            fresh = compute(list(missing.values()))
             if not images:
                 return fresh
             known.update(zip(missing, fresh, strict=True))

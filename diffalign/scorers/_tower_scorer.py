@@ -11,6 +11,7 @@ from diffalign.scorers._base import Scorer, check_images
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from diffalign.scorers._base import Images
     from diffalign.scorers._memo import PictureMemo
@@ -82,6 +83,10 @@ class TowerScorer(Scorer):
     def memos(self) -> list[PictureMemo]:
         """Returns where features of pictures can be kept during a pass."""
         return [self.towers.memo]
+
+    def prepare_ahead(self, images: list[Image.Image]) -> None:
+        """Computes the pixels of pictures ahead."""
+        self.towers.prepare_ahead(images, self.preprocess, self.mode)
 
     @property
     def towers(self) -> Towers:

@@ -80,13 +80,23 @@ class Towers:
         """
         prepare = preprocess or self.preprocess
 
-        def encode(chosen: list[Image.Image] | torch.Tensor) -> torch.Tensor:
-            pixels = prepare(chosen, mode).to(self.device, self.dtype)
-            return F.normalize(self.encode_images(pixels).float(), dim=-1)
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            return F.normalize(self.encode_images(pixels.to(self.device, self.dtype)).float(), dim=-1)
 
         if isinstance(images, torch.Tensor):
-            return encode(images)
-        return self.memo(images, (prepare, mode), encode)
+            return encode(prepare(images, mode))
+        return self.memo(
+            images, ("features", prepare, mode), lambda chosen: encode(self._pixels(chosen, prepare, mode))
+        )
+
+    def prepare_ahead(
+        self, images: list[Image.Image], preprocess: Preprocess | None = None, mode: Mode = "reference"
+    ) -> None:
+        """Computes the pixels of pictures ahead, where a pass keeps them; other threads may."""
+        self._pixels(images, preprocess or self.preprocess, mode)
+
+    def _pixels(self, images: list[Image.Image], prepare: Preprocess, mode: Mode) -> torch.Tensor:
+        return self.memo(images, ("pixels", prepare, mode), lambda chosen: prepare(chosen, mode))
 
     def texts(self, texts: list[str]) -> torch.Tensor:
         """Returns L2-normalised features float32 [B, d] of texts, without a gradient."""

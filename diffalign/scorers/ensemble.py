@@ -32,6 +32,7 @@ from diffalign.scorers._base import Scorer, Scores, score_all
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from diffalign.scorers._base import Images
     from diffalign.scorers._memo import PictureMemo
@@ -117,6 +118,11 @@ class Plugin(Scorer):
     def memos(self) -> list[PictureMemo]:
         """Returns the members' memos."""
         return [memo for member in self._members.values() for memo in member.memos()]
+
+    def prepare_ahead(self, images: list[Image.Image]) -> None:
+        """Prepares for all members."""
+        for member in self._members.values():
+            member.prepare_ahead(images)
 
     def _weight(self, label: str) -> float:
         return self.weights.get(label, 1.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffalign.common import files, manifest
 from diffalign.common.errors import UserError, brief
+from diffalign.stages._shares import Share
 
 RECIPE = "recipe.json"
 
@@ -18,13 +19,16 @@ RECIPE = "recipe.json"
 def pick_device(device: str) -> str:
     """Returns the device to run on: "auto" is cuda where there is one, else cpu.
 
+    Of several processes on one machine each takes an accelerator of its own (LOCAL_RANK, set by torchrun).
+
     Raises:
         UserError: torch does not know the device, or it is not there.
     """
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        own = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
+        return f"cuda{own}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -60,7 +64,12 @@ def _refuse_unusable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def claim_folder(
-    out: str | Path, *, stage: str, recipe: Mapping[str, Any], same: Mapping[str, Any] | None = None
+    out: str | Path,
+    *,
+    stage: str,
+    recipe: Mapping[str, Any],
+    same: Mapping[str, Any] | None = None,
+    share: Share = Share(),  # noqa: B008  # it cannot be changed
 ) -> Iterator[Path]:
     """Locks the output folder and yields it; the same stage may come back to it, another may not.
 
@@ -73,6 +82,7 @@ def claim_folder(
         recipe: the resolved recipe, for people.
         same: what must be equal for a run to continue: the settings that decide the rows, and their inputs.
             None: the stage starts anew each time and replaces its files.
+        share: of several processes that fill the folder together.
 
     Raises:
         UserError: `out` is a file, holds something else, or another run is writing there.
@@ -80,8 +90,9 @@ def claim_folder(
     folder = Path(out)
     refuse_other_run(folder, stage, same)
     is_new = not folder.exists()
-    with files.folder_lock(folder):
-        files.remove_leftovers(folder)
+    with files.folder_lock(folder, member=None if share.alone else share.index):
+        if share.alone:  # else they may be another process's, which is writing them now
+            files.remove_leftovers(folder)
         refuse_other_run(folder, stage, same)  # again: it may have changed before the lock was ours
         if same is None:
             manifest.withdraw_manifest(folder)
@@ -90,7 +101,7 @@ def claim_folder(
         try:
             yield folder
         except Exception:
-            if is_new and not list(folder.glob("*.jsonl")):
+            if is_new and share.alone and not list(folder.rglob("*.jsonl")):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 

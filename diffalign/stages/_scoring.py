@@ -1,220 +1,197 @@
-"""Rows of pictures, and scores for them: shared by `score` and `evaluate`."""
+"""One pass over pictures for several scorers: decoded ahead, each network run once, known scores taken over.
+
+Pictures are read, decoded and prepared by threads while the scorers work on the batch before.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.common import files
-from diffalign.common.errors import UserError
-from diffalign.data.pictures import PICTURE_SUFFIXES
-from diffalign.stages._run import refuse_unfinished
+from diffalign.data.pictures import BadImage, ImageRef, digest
+from diffalign.stages._image_rows import Row
 
 if TYPE_CHECKING:
-    from diffalign.data.pictures import ImageRef
-    from diffalign.scorers import Scorer, Scores
+    from PIL import Image
 
-ROW_FILES = ("images.jsonl", "scores.jsonl")
+    from diffalign.scorers import Scorer
+    from diffalign.stages._score_cache import ScoreCache
 
-Row = dict[str, Any]
+AHEAD = 2
+"""Batches that are decoded while one is scored."""
+
+Entry = dict[str, Any]
+"""What is written of one scorer and picture: value, scale, version, higher_is_better, parts."""
 
 
-def read_image_rows(source: str | Path, *, limit: int | None = None) -> tuple[list[Row], Path]:
-    """Returns the rows of pictures with the folder that their paths start from.
+@dataclass
+class Opened:
+    """A row's picture on its way through the pass.
 
-    Args:
-        source: an images.jsonl (or scores.jsonl), a folder that holds one, or a folder of picture files;
-            there a text file of the same name beside a picture is its prompt.
-        limit: the first so many rows only.
-
-    Raises:
-        UserError: nothing there, the output of a stage that was stopped, a row without picture, or an id that
-            stands there twice; names the row.
+    Attributes:
+        row: the row.
+        digest: what identifies the picture's bytes, None without any.
+        known: label -> entry, of scores that need not be made again.
+        picture: decoded; None where nothing is left to score, or it is broken.
+        problem: why it is broken.
     """
-    path = Path(source)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: give a number of pictures of at least 1, or leave it out")
-    found = next((path / name for name in ROW_FILES if (path / name).is_file()), path)
-    refuse_unfinished(found if found.is_dir() else found.parent)
-    if found.is_dir():
-        return _picture_files(found)[:limit], found
-    if not found.is_file():
-        raise UserError(f"images={source} does not exist: give a folder of pictures or an images.jsonl")
-    rows = files.read_jsonl(found)[:limit]
-    if not rows:
-        raise UserError(f"{found} holds no picture")
-    seen: set[str] = set()
-    for index, row in enumerate(rows):
-        where = f"{found.name}, row {index}"
-        if not isinstance(row.get("image"), str):
-            raise UserError(f"{where} has no 'image' (it has {', '.join(row) or 'no fields'}): give its path")
-        row.setdefault("id", Path(row["image"]).stem)
-        if str(row["id"]) in seen:
-            raise UserError(f"{where}: a second picture with the id '{row['id']}'; ids must differ")
-        seen.add(str(row["id"]))
-    return rows, found.parent
 
-
-def read_all_image_rows(sources: str | Sequence[str], *, limit: int | None = None) -> tuple[list[Row], Path]:
-    """Returns what `read_image_rows` does for one source or for several together.
-
-    Of several, ids begin with the source's folder name, since generators number pictures alike; `limit` holds
-    for each.
-
-    Raises:
-        UserError: as in `read_image_rows`, or two sources with folders of one name.
-    """
-    if isinstance(sources, str):
-        return read_image_rows(sources, limit=limit)
-    read = [read_image_rows(source, limit=limit) for source in sources]
-    if not read:
-        raise UserError("images=[] names no pictures: give a folder or an images.jsonl")
-    names = [folder.resolve().name for _, folder in read]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"two of images= are in folders named '{twice[0]}': their pictures' ids would collide"
-        )
-    top = Path(os.path.commonpath([folder.resolve() for _, folder in read]))
-    rows = [
-        {**relative_to(row, folder, top), "id": f"{name}/{row['id']}"}
-        for name, (found, folder) in zip(names, read, strict=True)
-        for row in found
-    ]
-    return rows, top
-
-
-def _picture_files(folder: Path) -> list[Row]:
-    """Returns one row for each picture file of a folder, sorted by name."""
-    rows = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES):
-        row: Row = {"id": path.name, "image": path.name}
-        text = path.with_suffix(".txt")
-        if text.is_file():
-            row["prompt"] = files.read_text(text).strip()
-        rows.append(row)
-    if not rows:
-        raise UserError(
-            f"{folder} holds neither an {ROW_FILES[0]} nor pictures ({', '.join(PICTURE_SUFFIXES)})"
-        )
-    return rows
-
-
-def digests(rows: Sequence[Row], folder: Path) -> list[str | None]:
-    """Returns what identifies each picture's bytes, None for a missing one; it reads every picture once."""
-    from diffalign.data.pictures import BadImage
-
-    found: list[str | None] = []
-    for row in rows:
-        try:
-            found.append(_picture(row, folder).digest().hex())
-        except BadImage:
-            found.append(None)
-    return found
-
-
-def check_needs(rows: Sequence[Row], scorers: Mapping[str, Scorer]) -> None:
-    """Checks that every row brings what the scorers need.
-
-    Raises:
-        UserError: no scorer, or a row without a prompt or context that a scorer needs; names the row.
-    """
-    if not scorers:
-        raise UserError("no scorer is named: give scorers=[clip] or scorers='{clip: {path: FOLDER}}'")
-    for name, scorer in scorers.items():
-        for need, key, kind in (("prompts", "prompt", str), ("context", "context", Mapping)):
-            missing = [row["id"] for row in rows if not isinstance(row.get(key), kind)]
-            if need in scorer.needs and missing:
-                or_file = ", or into a .txt file of the picture's name" if key == "prompt" else ""
-                raise UserError(
-                    f"scorer {name} needs a {key} for every picture, '{missing[0]}' has none: write it into "
-                    f"its row{or_file}"
-                )
+    row: Row
+    digest: str | None = None
+    known: dict[str, Entry] = field(default_factory=dict)
+    picture: Image.Image | None = None
+    problem: str | None = None
 
 
 def score_batches(
-    rows: Sequence[Row], folder: Path, scorers: Mapping[str, Scorer], *, batch_size: int
-) -> Iterator[list[Row]]:
-    """Yields the rows, batch by batch, with `scores` and `errors` added; picture paths stay as they are.
-
-    A picture that cannot be decoded scores NaN (null on disk) under every scorer and says why in `errors`.
-    """
-    from diffalign.data.pictures import BadImage
-
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        pictures: list[Any] = []
-        problems: list[str | None] = []
-        for row in batch:
-            try:
-                pictures.append(_picture(row, folder).open())
-                problems.append(None)
-            except BadImage as error:
-                problems.append(str(error))
-        good = [row for row, problem in zip(batch, problems, strict=True) if problem is None]
-        results = {name: _score(scorer, pictures, good) for name, scorer in scorers.items()}
-        places = iter(range(len(good)))
-        yield [
-            _scored(row, scorers, results, next(places) if problem is None else None, problem)
-            for row, problem in zip(batch, problems, strict=True)
-        ]
-
-
-def _picture(row: Row, folder: Path) -> ImageRef:
-    from diffalign.data.pictures import ImageRef
-
-    return ImageRef(path=folder / row["image"], name=row["image"])
-
-
-def _score(scorer: Scorer, pictures: list[Any], rows: list[Row]) -> Scores:
-    prompts = [row.get("prompt") for row in rows]
-    context = [row.get("context") for row in rows]
-    return scorer.score(
-        pictures,
-        [str(prompt) for prompt in prompts] if "prompts" in scorer.needs else None,
-        context=[dict(item or {}) for item in context] if "context" in scorer.needs else None,
-    )
-
-
-def _scored(
-    row: Row,
+    rows: Sequence[Row],
+    folder: Path,
     scorers: Mapping[str, Scorer],
-    results: Mapping[str, Scores],
-    at: int | None,
-    problem: str | None,
-) -> Row:
-    """Returns one row with its scores: number `at` of the results, None where the picture has a problem."""
-    scores: dict[str, Any] = {}
-    errors: dict[str, str] = {}
-    for name, scorer in scorers.items():
-        entry: dict[str, Any] = {
-            "value": None,
-            "scale": scorer.scale,
-            "version": scorer.version,
-            "higher_is_better": scorer.higher_is_better,
-            "parts": {},
+    *,
+    batch_size: int,
+    workers: int = 2,
+    cache: ScoreCache | None = None,
+) -> Iterator[list[Row]]:
+    """Yields the rows, batch by batch, with `scores`, `errors` and the picture's `digest` added.
+
+    Picture paths stay as they are. A picture that cannot be decoded scores NaN (null on disk) under every
+    scorer and says why in `errors`. Where a scorer judges groups, the rows of a prompt come together, in one
+    batch however many they are.
+
+    Args:
+        rows: of pictures, with what the scorers need.
+        folder: that the rows' paths start from.
+        scorers: label -> loaded scorer.
+        batch_size: pictures decoded and scored at a time.
+        workers: threads that decode.
+        cache: of earlier scores.
+    """
+    relative = any(scorer.relative for scorer in scorers.values())
+    waiting = deque(batches_of(rows, batch_size, whole_groups=relative))
+    coming: deque[list[Future[Opened]]] = deque()
+    with ExitStack() as stack:
+        for memo in (memo for scorer in scorers.values() for memo in scorer.memos()):
+            stack.enter_context(memo.one_pass())
+        pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="decode"))
+        try:
+            while waiting or coming:
+                while waiting and len(coming) <= AHEAD:
+                    batch = waiting.popleft()
+                    coming.append([pool.submit(_open, row, folder, scorers, cache) for row in batch])
+                yield _score_batch([future.result() for future in coming.popleft()], scorers, cache)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def batches_of(rows: Sequence[Row], size: int, *, whole_groups: bool) -> list[list[Row]]:
+    """Returns the rows in batches of `size`; with `whole_groups` no group is split, however large it is."""
+    if not whole_groups:
+        return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    batches: list[list[Row]] = []
+    for group in groups_of(rows).values():
+        if batches and len(batches[-1]) + len(group) <= size:
+            batches[-1] += group
+        else:
+            batches.append(list(group))
+    return batches
+
+
+def groups_of(rows: Sequence[Row]) -> dict[Any, list[Row]]:
+    """Returns the rows by what scorers that judge groups go by: the context's `group`, else the prompt."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.get("context") or {}).get("group") or row.get("prompt"), []).append(row)
+    return groups
+
+
+def _open(row: Row, folder: Path, scorers: Mapping[str, Scorer], cache: ScoreCache | None) -> Opened:
+    """Reads, decodes and prepares one picture, in a thread; nothing more than is left to be scored."""
+    opened = Opened(row)
+    image = ImageRef(path=folder / row["image"], name=row["image"])
+    try:
+        content = image.read()
+        opened.digest = digest(content).hex()
+        if cache is not None:
+            opened.known = cache.find(opened.digest, row, scorers)
+        if len(opened.known) < len(scorers):
+            opened.picture = image.decode(content)
+    except BadImage as error:
+        opened.problem = str(error)
+    if opened.picture is not None:
+        for label, scorer in scorers.items():
+            if label not in opened.known:
+                scorer.prepare_ahead([opened.picture])
+    return opened
+
+
+def _score_batch(batch: list[Opened], scorers: Mapping[str, Scorer], cache: ScoreCache | None) -> list[Row]:
+    """Returns the rows of a batch with their scores; pictures are forgotten afterwards."""
+    entries: dict[str, list[Entry]] = {}
+    errors: list[dict[str, str]] = [{} for _ in batch]
+    for label, scorer in scorers.items():
+        places = [
+            k for k, opened in enumerate(batch) if opened.picture is not None and label not in opened.known
+        ]
+        fresh = dict(zip(places, _scored(scorer, [batch[k] for k in places]), strict=True))
+        column: list[Entry] = []
+        for place, opened in enumerate(batch):
+            entry, error = fresh.get(place, (opened.known.get(label), opened.problem))
+            if error is not None:
+                errors[place][label] = error
+            column.append(entry or entry_of(scorer, None))
+        entries[label] = column
+        if cache is not None and places:
+            cache.keep(scorer, [(batch[k].digest, batch[k].row, fresh[k][0]) for k in places])
+    pictures = [opened.picture for opened in batch if opened.picture is not None]
+    for memo in (memo for scorer in scorers.values() for memo in scorer.memos()):
+        memo.forget(pictures)
+    return [
+        {
+            **opened.row,
+            "digest": opened.digest,
+            "scores": {**(opened.row.get("scores") or {}), **{label: entries[label][k] for label in scorers}},
+            "errors": errors[k],
         }
-        error = problem
-        if at is not None:
-            result = results[name]
-            entry["value"] = _or_none(result.values[at].item())
-            entry["parts"] = {part: _or_none(values[at].item()) for part, values in result.parts.items()}
-            error = result.errors[at] or ("the scorer gave NaN" if entry["value"] is None else None)
-        if error is not None:
-            errors[name] = error
-        scores[name] = entry
-    return {**row, "scores": {**(row.get("scores") or {}), **scores}, "errors": errors}
+        for k, opened in enumerate(batch)
+    ]
 
 
-def _or_none(value: float) -> float | None:
-    """Returns a finite number as it is, NaN and infinities as None: JSON has no word for them."""
-    return value if math.isfinite(value) else None
+def _scored(scorer: Scorer, batch: list[Opened]) -> list[tuple[Entry, str | None]]:
+    """Returns entry and error of each picture."""
+    if not batch:
+        return []
+    prompts = [opened.row.get("prompt") for opened in batch]
+    contexts = [dict(opened.row.get("context") or {}) for opened in batch]
+    result = scorer.score(
+        [opened.picture for opened in batch if opened.picture is not None],  # all have one
+        [str(prompt) for prompt in prompts] if "prompts" in scorer.needs else None,
+        context=contexts if "context" in scorer.needs or scorer.relative else None,
+    )
+    values, parts = result.values.tolist(), {name: part.tolist() for name, part in result.parts.items()}
+    found = []
+    for place, value in enumerate(values):
+        entry = entry_of(scorer, value, {name: part[place] for name, part in parts.items()})
+        error = result.errors[place] or ("the scorer gave NaN" if entry["value"] is None else None)
+        found.append((entry, error))
+    return found
 
 
-def relative_to(row: Row, folder: Path, target: Path) -> Row:
-    """Returns the row with its picture's path starting from `target` instead of `folder`."""
-    return {**row, "image": Path(os.path.relpath(folder / row["image"], target)).as_posix()}
+def entry_of(scorer: Scorer, value: float | None, parts: Mapping[str, float] | None = None) -> Entry:
+    """Returns what is written of a value; NaN and infinities become None: JSON has no word for them."""
+    return {
+        "value": _or_none(value),
+        "scale": scorer.scale,
+        "version": scorer.version,
+        "higher_is_better": scorer.higher_is_better,
+        "parts": {name: _or_none(part) for name, part in (parts or {}).items()},
+    }
+
+
+def _or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

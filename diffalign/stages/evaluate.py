@@ -227,7 +227,7 @@ def _check_images_recipe(recipe: dict[str, Any]) -> None:
 
 def _rows(source: str, side: str, score_now: bool) -> tuple[list[dict[str, Any]], Path, str]:
     """Returns the rows of one side, the file or folder they come from, and its name for messages."""
-    from diffalign.stages._scoring import ROW_FILES, read_image_rows
+    from diffalign.stages._image_rows import ROW_FILES, read_image_rows
 
     path = Path(source)
     if not path.exists():
@@ -247,7 +247,8 @@ def _shots(
     """Returns the pictures of one side with their scores, made now where scorers are given."""
     from diffalign.common.progress import Progress
     from diffalign.evaluation.pairs import read_shots
-    from diffalign.stages._scoring import check_needs, score_batches
+    from diffalign.stages._image_rows import check_needs
+    from diffalign.stages._scoring import score_batches
 
     folder = source if source.is_dir() else source.parent
     if scorers:

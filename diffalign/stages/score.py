@@ -1,25 +1,38 @@
 """Score pictures: one row a picture, with every scorer's number on its own scale.
 
-Reads an images.jsonl (written by `diffalign generate`) or a folder of pictures, each with a .txt file of the
-same name as its prompt, and writes OUT/scores.jsonl. A picture that cannot be decoded scores NaN, says why,
-and never stops the run. The same command again goes on where a killed run stopped.
+Reads an images.jsonl (written by `diffalign generate`) or a folder of pictures, their prompts from `prompts`
+or from .txt files of the pictures' names, and writes OUT/scores.jsonl and summary.json. A picture that cannot
+be decoded scores NaN, says why, and never stops the run. The same command again goes on where a killed run
+stopped. Several processes (torchrun, or RANK and WORLD_SIZE) and machines that see OUT share the work.
 
 Examples:
     diffalign score images=base scorers=[scene] out=base-scores
-    diffalign score images=base out=scored \\
+    diffalign score images=photos prompts=prompts.txt scorers=[pickscore,hpsv2,aesthetic] out=scored
+    diffalign score images=base out=scored group=true table=csv cache=score-cache \\
         scorers="{clip: {path: laion/CLIP-ViT-H-14-laion2B-s32B-b79K}, scene: {}}"
-    diffalign score images=photos scorers="{clip: {path: ViT-L-14.pt, scale: clipscore}}" out=photo-scores
+    diffalign score images=aligned scorers=[pickscore] out=aligned-scores compare=base-scores
+    torchrun --nproc_per_node 8 -m diffalign score images=base scorers=[hpsv2] out=base-scores
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from diffalign.common.config import Many, make_many, resolved_recipe
 from diffalign.common.errors import UserError
 
-ROWS = "scores.jsonl"
+if TYPE_CHECKING:
+    from diffalign.scorers import Scorer
+    from diffalign.stages._image_rows import Row
+    from diffalign.stages._score_cache import ScoreCache
+    from diffalign.stages._shares import Share
+
+SUMMARY = "summary.json"
+RANKING = "ranking.jsonl"
+COMPARISON = "comparison.json"
 
 
 def score(
@@ -27,100 +40,177 @@ def score(
     images: str | list[str],
     scorers: Annotated[dict[str, Any], Many("scorers")],
     out: str,
+    prompts: str | None = None,
     limit: int | None = None,
+    group: bool = False,
+    compare: str | None = None,
+    table: Literal["csv", "parquet"] | None = None,
+    cache: str | None = None,
     batch_size: int = 16,
+    workers: int = 2,
     device: str = "auto",
 ) -> Path:
-    """Returns the path of the written scores.jsonl, after printing mean, median and NaN count of each scorer.
+    """Returns the path of the written scores.jsonl, after printing each scorer's numbers.
 
     Args:
         images: an images.jsonl, the folder that holds one, or a folder of pictures; or a list of these.
         scorers: what to score with; label -> options.
-        out: folder for scores.jsonl and the manifest; not the folder of the pictures.
+        out: folder for scores.jsonl, summary.json and the manifest; not the folder of the pictures.
+        prompts: a file with a prompt for each picture of a folder, in their order or by a column image,
+            file_name or id; or one text for all.
         limit: score the first so many pictures only.
+        group: write ranking.jsonl, too: the pictures of each prompt from best to worst.
+        compare: a folder that `score` wrote of the same prompts and seeds: print how often these pictures
+            beat those, and write comparison.json.
+        table: write scores.csv or scores.parquet, too, a flat column for each scorer and part.
+        cache: a folder that keeps scores by picture, prompt and scorer, and gives known ones again.
         batch_size: pictures decoded and scored at a time.
+        workers: threads that read and decode.
         device: auto | cpu | cuda | cuda:1 ...
 
     Raises:
         UserError: no pictures, a scorer without weights or without the prompts that it needs, or `out` holds
             something else.
     """
-    from diffalign.common import files, manifest
-    from diffalign.common.progress import Progress
-    from diffalign.stages import _run, _scoring
+    from diffalign.common import manifest
+    from diffalign.common.progress import say, silence
+    from diffalign.stages import _image_rows, _run, _shares
+    from diffalign.stages._score_parts import finished_rows, refuse_changed
 
     recipe = resolved_recipe(score, locals())
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: give a number of pictures of at least 1")
-    rows, source = _scoring.read_all_image_rows(images, limit=limit)
+    for name, value in (("batch_size", batch_size), ("workers", workers)):
+        if value < 1:
+            raise UserError(f"{name}={value}: give a number of at least 1")
+    rows, source = _image_rows.read_all_image_rows(images, limit=limit)
+    if prompts is not None:
+        rows = _image_rows.with_prompts(rows, prompts)
     chosen = make_many("scorers", scorers)
-    _scoring.check_needs(rows, chosen)
-    place = _run.pick_device(device)
-    ready = {name: scorer.load(place) for name, scorer in chosen.items()}
-    versions = {name: [scorer.scale, scorer.version] for name, scorer in ready.items()}
+    _image_rows.check_needs(rows, chosen)
+    share = _shares.my_share()
+    if share.index > 0:
+        silence()
+    ready = {label: scorer.load(_run.pick_device(device)) for label, scorer in chosen.items()}
     same = {
         "scorers": recipe["scorers"],
-        "versions": versions,
+        "versions": {label: [scorer.scale, scorer.version] for label, scorer in ready.items()},
         "rows": manifest.recipe_identity({"rows": rows}),
-        "pictures": manifest.recipe_identity({"digests": _scoring.digests(rows, source)}),
     }
-    with _run.claim_folder(out, stage="score", recipe=recipe, same=same) as folder:
-        path = folder / ROWS
-        files.trim_torn_tail(path)
-        done = {str(row["id"]) for row in files.read_jsonl(path)} if path.exists() else set()
-        missing = [row for row in rows if str(row["id"]) not in done]
-        if missing:
-            manifest.withdraw_manifest(folder)
-        with Progress("score", len(rows), "pictures", initial=len(rows) - len(missing)) as progress:
-            for batch in _scoring.score_batches(missing, source, ready, batch_size=batch_size):
-                files.append_jsonl(path, [_scoring.relative_to(row, source, folder) for row in batch])
-                progress.update(len(batch))
-        scored = files.read_jsonl(path)
-        _close(folder, images, recipe, scored, ready)
-    print(f"{path}:\n{summary(scored, list(ready))}")
-    return path
+    with _run.claim_folder(out, stage="score", recipe=recipe, same=same, share=share) as folder:
+        scored = finished_rows(folder)
+        if scored is not None:
+            refuse_changed(out, scored, folder)
+        else:
+            with _opened_cache(cache) as kept:
+                _score_share(rows, source, ready, folder, share, recipe, kept)
+            scored = _finish(folder, rows, recipe, ready)
+        if scored is None:
+            say(f"score: share {share.index + 1} of {share.count} is done; the last one to finish joins them")
+        else:
+            _report(folder, scored, list(ready), group=group, compare=compare, table=table)
+    return folder / "scores.jsonl"
 
 
-def _close(
+def _opened_cache(folder: str | None) -> Any:
+    from diffalign.stages._score_cache import ScoreCache
+
+    return nullcontext() if folder is None else ScoreCache(folder)
+
+
+def _score_share(
+    rows: Sequence[Row],
+    source: Path,
+    ready: Mapping[str, Scorer],
     folder: Path,
-    images: str | list[str],
-    recipe: dict[str, Any],
-    scored: list[dict[str, Any]],
-    ready: dict[str, Any],
+    share: Share,
+    recipe: Mapping[str, Any],
+    cache: ScoreCache | None,
 ) -> None:
-    """Writes the manifest: how many pictures, and which ones a scorer had no value for."""
-    from diffalign.common import manifest
+    """Scores what is missing of this process's share, appending to its part of the rows."""
+    from diffalign.common import files
+    from diffalign.common.progress import Progress, say
+    from diffalign.stages import _score_parts
+    from diffalign.stages._image_rows import relative_to
+    from diffalign.stages._scoring import groups_of, score_batches
 
-    failed = {name: [str(row["id"]) for row in scored if name in row["errors"]] for name in ready}
-    manifest.write_manifest(
-        folder,
-        stage="score",
-        recipe=recipe,
-        inputs={"images": images}
-        if isinstance(images, str)
-        else {f"images {number}": path for number, path in enumerate(images)},
-        counts={"pictures": len(scored), **{f"{name} NaN": len(ids) for name, ids in failed.items()}},
-        dropped={f"{name} NaN": ids for name, ids in failed.items() if ids},
-        extra={"scorers": {name: {"scale": s.scale, "version": s.version} for name, s in ready.items()}},
+    part = _score_parts.own_part(folder, share)
+    done = _score_parts.rows_so_far(folder)
+    _score_parts.refuse_changed(str(folder), list(done.values()), folder)
+    if any(scorer.relative for scorer in ready.values()):
+        own = [row for group in share.of(list(groups_of(rows).values())) for row in group]
+    else:
+        own = share.of(rows)
+    missing = [row for row in own if str(row["id"]) not in done]
+    options = {"batch_size": recipe["batch_size"], "workers": recipe["workers"], "cache": cache}
+    with Progress("score", len(own), "pictures", initial=len(own) - len(missing)) as progress:
+        for batch in score_batches(missing, source, ready, **options):
+            files.append_jsonl(part, [relative_to(row, source, folder) for row in batch])
+            progress.update(len(batch))
+    if cache is not None:
+        say(f"cache: {cache.hits} of {len(missing) * len(ready)} scores were known")
+
+
+def _finish(
+    folder: Path, rows: Sequence[Row], recipe: dict[str, Any], ready: Mapping[str, Scorer]
+) -> list[Row] | None:
+    """Joins the parts and completes the folder; returns its rows, None while other processes are at work."""
+    from diffalign.common import files, manifest
+    from diffalign.stages import _score_parts
+    from diffalign.stages._score_report import summary_of
+
+    with files.waiting_lock(folder, "join"):
+        if _score_parts.finished_rows(folder) is not None:  # another process was later, and has done it
+            return None
+        scored = _score_parts.join_parts(folder, [str(row["id"]) for row in rows])
+        if scored is None:
+            return None
+        failed = {name: [str(row["id"]) for row in scored if name in row["errors"]] for name in ready}
+        images = recipe["images"]
+        sources = {"images": images} if isinstance(images, str) else dict(enumerate(images))
+        files.write_json(folder / SUMMARY, summary_of(scored, list(ready)))
+        manifest.write_manifest(
+            folder,
+            stage="score",
+            recipe=recipe,
+            inputs={name if name == "images" else f"images {name}": path for name, path in sources.items()},
+            counts={"pictures": len(scored), **{f"{name} NaN": len(ids) for name, ids in failed.items()}},
+            dropped={f"{name} NaN": ids for name, ids in failed.items() if ids},
+            extra={"scorers": {name: {"scale": s.scale, "version": s.version} for name, s in ready.items()}},
+        )
+        _score_parts.remove_parts(folder)
+    return scored
+
+
+def _report(
+    folder: Path, scored: list[Row], names: list[str], *, group: bool, compare: str | None, table: str | None
+) -> None:
+    """Prints the summary, and writes what else was asked for."""
+    from diffalign.common import files
+    from diffalign.stages import _score_report
+
+    text = _score_report.as_text(scored, files.read_json(folder / SUMMARY))
+    print(f"{folder / 'scores.jsonl'}:\n{text}")
+    if table is not None:
+        _score_report.write_table(folder / f"scores.{table}", scored, names)
+        print(f"table: {folder / f'scores.{table}'}")
+    if group:
+        files.write_jsonl(folder / RANKING, _score_report.ranking_of(scored, names))
+        print(f"ranking: {folder / RANKING}")
+    if compare is not None:
+        _compare(folder, scored, compare)
+
+
+def _compare(folder: Path, scored: list[Row], other: str) -> None:
+    """Prints and writes how often these pictures beat those of another scored folder."""
+    from diffalign.common import files
+    from diffalign.evaluation._table import verdict_lines
+    from diffalign.evaluation.pairs import match, read_shots
+    from diffalign.evaluation.report import verdicts
+    from diffalign.stages._image_rows import read_image_rows
+
+    theirs, their_folder = read_image_rows(Path(other) / "scores.jsonl" if Path(other).is_dir() else other)
+    pairs = match(
+        read_shots(theirs, their_folder, f"compare={other}"), read_shots(scored, folder, str(folder))
     )
-
-
-def summary(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """Returns mean, median and NaN count of each scorer as a table, and why pictures have no score."""
-    import numpy as np
-
-    table: list[tuple[str, ...]] = [("scorer", "scale", "pictures", "mean", "median", "NaN")]
-    notes = []
-    for name in names:
-        values = [row["scores"][name]["value"] for row in rows]
-        numbers = np.array([value for value in values if value is not None])
-        shown = [f"{f(numbers):.4f}" if len(numbers) else "-" for f in (np.mean, np.median)]
-        scale = str(rows[0]["scores"][name]["scale"])
-        table.append((name, scale, str(len(numbers)), *shown, str(len(values) - len(numbers))))
-        failed = [row for row in rows if name in row["errors"]]
-        notes += [f"{name}: {row['id']}: {row['errors'][name]}" for row in failed[:3]]
-        if len(failed) > 3:
-            notes.append(f"{name}: ... and {len(failed) - 3} more, see errors in {ROWS}")
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join([line.rstrip() for line in lines] + notes)
+    rewards = verdicts(pairs)
+    files.write_json(folder / COMPARISON, {"base": other, "pairs": len(pairs), "rewards": rewards})
+    print("\n".join([f"against {other}, {len(pairs)} pairs:", *verdict_lines(rewards)]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffalign.common.config import load_recipe
 from diffalign.common.errors import UserError
-from diffalign.common.files import read_jsonl, write_jsonl
+from diffalign.common.files import read_json, read_jsonl, write_jsonl
 from diffalign.common.manifest import read_manifest
 from diffalign.data.records import Candidate
 from diffalign.scenes import Scene, SceneObject, caption, draw
@@ -63,9 +63,13 @@ def test_rows_keep_what_they_had_and_get_scores(pictures, tmp_path, capsys):
     assert Candidate.from_dict(known, tmp_path / "out").scores["exact"].value == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0] == f"{tmp_path / 'out' / 'scores.jsonl'}:"
-    assert table[1].split() == ["scorer", "scale", "pictures", "mean", "median", "NaN"]
-    assert table[2].split() == ["scene", "share", "3", "0.9167", "1.0000", "0"]
-    assert table[3].split() == ["exact", "accurate", "3", "0.6667", "1.0000", "0"]
+    assert table[1].split()[:8] == ["scorer", "scale", "pictures", "mean", "median", "5", "%", "95"]
+    assert table[2].split()[:8] == ["scene", "share", "3", "0.9167", "1.0000", "0.7750", "1.0000", "0"]
+    assert table[3].split()[:8] == ["exact", "accurate", "3", "0.6667", "1.0000", "0.1000", "1.0000", "0"]
+    found = read_json(tmp_path / "out" / "summary.json")["scorers"]["exact"]
+    assert (found["count"], found["nan"], found["min"], found["max"]) == (3, 0, 0.0, 1.0)
+    assert found["std"] == pytest.approx((2 / 9) ** 0.5) and found["quantiles"]["0.25"] == 0.5
+    assert found["histogram"]["counts"] == [1, *[0] * 18, 2] and len(found["histogram"]["edges"]) == 21
 
 
 def test_a_broken_picture_scores_nan_and_stops_nothing(pictures, tmp_path, capsys):
@@ -109,12 +113,14 @@ def test_a_killed_run_goes_on(pictures, tmp_path):
     out = tmp_path / "out"
     expected = run(pictures, out)
     lines = (out / "scores.jsonl").read_text().splitlines()
-    marked = json.dumps({**json.loads(lines[0]), "mark": "kept"})
-    (out / "scores.jsonl").write_text(marked + "\n" + lines[1][:30])
-    (out / "manifest.json").unlink()
+    marked = json.dumps({**json.loads(lines[2]), "mark": "kept"})
+    (out / "parts").mkdir()
+    (out / "parts" / "00000-of-00001.jsonl").write_text(marked + "\n" + lines[1][:30])
+    for name in ("manifest.json", "scores.jsonl", "summary.json"):
+        (out / name).unlink()
     rows = run(pictures, out)
-    assert rows[0].pop("mark") == "kept" and rows == expected
-    assert read_manifest(out)["counts"]["pictures"] == 3
+    assert rows[2].pop("mark") == "kept" and rows == expected  # in the order of the pictures, not of the work
+    assert read_manifest(out)["counts"]["pictures"] == 3 and not (out / "parts").exists()
 
 
 def test_the_output_of_a_stopped_stage_is_not_scored(pictures, tmp_path):
@@ -190,7 +196,7 @@ def test_another_picture_under_the_same_name_is_not_given_the_old_score(pictures
     """As when a folder is drawn again with a retrained adapter: all rows are as they were."""
     run(pictures, tmp_path / "out")
     Image.new("RGB", (64, 64)).save(pictures / "images" / "p0.png")
-    with pytest.raises(UserError, match="another recipe \\(pictures was"):
+    with pytest.raises(UserError, match=r"scores of other pictures \('p0-s0' has changed"):
         run(pictures, tmp_path / "out")
     assert run(pictures, tmp_path / "new")[0]["scores"]["scene"]["value"] < 1
 

@@ -1,0 +1,177 @@
+"""Rows of pictures: read from files and folders, given their prompts, checked. For `score` and `evaluate`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffalign.common import files
+from diffalign.common.errors import UserError
+from diffalign.data.pictures import PICTURE_SUFFIXES
+from diffalign.stages._run import refuse_unfinished
+
+if TYPE_CHECKING:
+    from diffalign.scorers import Scorer
+
+NAME_COLUMNS = ("image", "file_name", "id")
+"""Columns of a file of prompts that say which picture each belongs to."""
+
+ROW_FILES = ("images.jsonl", "scores.jsonl")
+
+Row = dict[str, Any]
+
+
+def read_image_rows(source: str | Path, *, limit: int | None = None) -> tuple[list[Row], Path]:
+    """Returns the rows of pictures with the folder that their paths start from.
+
+    Args:
+        source: an images.jsonl (or scores.jsonl), a folder that holds one, or a folder of picture files;
+            there a text file of the same name beside a picture is its prompt.
+        limit: the first so many rows only.
+
+    Raises:
+        UserError: nothing there, the output of a stage that was stopped, a row without picture, or an id that
+            stands there twice; names the row.
+    """
+    path = Path(source)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: give a number of pictures of at least 1, or leave it out")
+    found = next((path / name for name in ROW_FILES if (path / name).is_file()), path)
+    refuse_unfinished(found if found.is_dir() else found.parent)
+    if found.is_dir():
+        return _picture_files(found)[:limit], found
+    if not found.is_file():
+        raise UserError(f"images={source} does not exist: give a folder of pictures or an images.jsonl")
+    rows = files.read_jsonl(found)[:limit]
+    if not rows:
+        raise UserError(f"{found} holds no picture")
+    seen: set[str] = set()
+    for index, row in enumerate(rows):
+        where = f"{found.name}, row {index}"
+        if not isinstance(row.get("image"), str):
+            raise UserError(f"{where} has no 'image' (it has {', '.join(row) or 'no fields'}): give its path")
+        row.setdefault("id", Path(row["image"]).stem)
+        if str(row["id"]) in seen:
+            raise UserError(f"{where}: a second picture with the id '{row['id']}'; ids must differ")
+        seen.add(str(row["id"]))
+    return rows, found.parent
+
+
+def read_all_image_rows(sources: str | Sequence[str], *, limit: int | None = None) -> tuple[list[Row], Path]:
+    """Returns what `read_image_rows` does for one source or for several together.
+
+    Of several, ids begin with the source's folder name, since generators number pictures alike; `limit` holds
+    for each.
+
+    Raises:
+        UserError: as in `read_image_rows`, or two sources with folders of one name.
+    """
+    if isinstance(sources, str):
+        return read_image_rows(sources, limit=limit)
+    read = [read_image_rows(source, limit=limit) for source in sources]
+    if not read:
+        raise UserError("images=[] names no pictures: give a folder or an images.jsonl")
+    names = [folder.resolve().name for _, folder in read]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"two of images= are in folders named '{twice[0]}': their pictures' ids would collide"
+        )
+    top = Path(os.path.commonpath([folder.resolve() for _, folder in read]))
+    rows = [
+        {**relative_to(row, folder, top), "id": f"{name}/{row['id']}"}
+        for name, (found, folder) in zip(names, read, strict=True)
+        for row in found
+    ]
+    return rows, top
+
+
+def _picture_files(folder: Path) -> list[Row]:
+    """Returns one row for each picture file of a folder, sorted by name: 2.png comes before 10.png."""
+    rows = []
+    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
+    for path in sorted(found, key=lambda path: _natural(path.name)):
+        row: Row = {"id": path.name, "image": path.name}
+        text = path.with_suffix(".txt")
+        if text.is_file():
+            row["prompt"] = files.read_text(text).strip()
+        rows.append(row)
+    if not rows:
+        raise UserError(
+            f"{folder} holds neither an {ROW_FILES[0]} nor pictures ({', '.join(PICTURE_SUFFIXES)})"
+        )
+    return rows
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Returns what names sort by when numbers in them count as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def with_prompts(rows: list[Row], source: str) -> list[Row]:
+    """Returns the rows with the prompts of a file, or with one text for all.
+
+    A prompt finds its picture by the file's column `image`, `file_name` or `id`, which holds the picture's
+    path, name, name without suffix, or id; without such a column there must be as many prompts as pictures,
+    and they go in order.
+
+    Raises:
+        UserError: a row has a prompt already, a picture has no prompt or several, or the counts differ.
+    """
+    from diffalign.data.prompts import load_prompts, prompt_file
+
+    taken = next((row["id"] for row in rows if "prompt" in row), None)
+    if taken is not None:
+        raise UserError(f"prompts={source}: picture '{taken}' has a prompt already: leave prompts out")
+    prompts = load_prompts(source)
+    if prompt_file(source) is None:
+        return [{**row, "prompt": prompts[0].text} for row in rows]
+    by_name: dict[str, str] = {}
+    for prompt in prompts:
+        for column in NAME_COLUMNS:
+            name = str(prompt.meta.get(column, ""))
+            if name and by_name.setdefault(name, prompt.text) != prompt.text:
+                raise UserError(f"prompts={source}: '{name}' has two prompts: keep one")
+    if not by_name:
+        if len(prompts) != len(rows):
+            raise UserError(
+                f"prompts={source} has {len(prompts)} prompts for {len(rows)} pictures and no column "
+                f"{' or '.join(NAME_COLUMNS)} that says whose each is: add one"
+            )
+        return [{**row, "prompt": prompt.text} for row, prompt in zip(rows, prompts, strict=True)]
+    found = []
+    for row in rows:
+        path = Path(row["image"])
+        known = [n for n in (row["image"], path.name, path.stem, str(row["id"])) if n in by_name]
+        if not known:
+            raise UserError(f"prompts={source} has none for picture '{row['image']}': add it")
+        found.append({**row, "prompt": by_name[known[0]]})
+    return found
+
+
+def check_needs(rows: Sequence[Row], scorers: Mapping[str, Scorer]) -> None:
+    """Checks that every row brings what the scorers need.
+
+    Raises:
+        UserError: no scorer, or a row without a prompt or context that a scorer needs; names the row.
+    """
+    if not scorers:
+        raise UserError("no scorer is named: give scorers=[clip] or scorers='{clip: {path: FOLDER}}'")
+    for name, scorer in scorers.items():
+        for need, key, kind in (("prompts", "prompt", str), ("context", "context", Mapping)):
+            missing = [row["id"] for row in rows if not isinstance(row.get(key), kind)]
+            if need in scorer.needs and missing:
+                or_file = ", or into a .txt file of the picture's name" if key == "prompt" else ""
+                raise UserError(
+                    f"scorer {name} needs a {key} for every picture, '{missing[0]}' has none: write it into "
+                    f"its row{or_file}"
+                )
+
+
+def relative_to(row: Row, folder: Path, target: Path) -> Row:
+    """Returns the row with its picture's path starting from `target` instead of `folder`."""
+    return {**row, "image": Path(os.path.relpath(folder / row["image"], target)).as_posix()}
