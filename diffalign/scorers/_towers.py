@@ -161,7 +161,7 @@ def _open(path: str, arch: str | None, revision: str | None) -> Towers:
     if arch is not None and _tags(arch):
         tags = f", or one of the {arch} tags {', '.join(_tags(arch))}"
     raise UserError(
-        f"clip weights '{path}' do not exist: give a folder, a weight file, a hub id (org/name){tags}"
+        f"weights '{path}' do not exist: give a folder, a weight file, a hub id (org/name){tags}"
     )
 
 
@@ -178,7 +178,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
             )
         if arch is not None:
             raise UserError(
-                f"clip arch={arch} with {folder}: its {OPEN_CLIP_CONFIG} already says it, leave arch out"
+                f"arch={arch} with {folder}: its {OPEN_CLIP_CONFIG} already says it, leave arch out"
             )
         return _open_clip_folder(
             folder, identity or content_of(folder / OPEN_CLIP_CONFIG, open_clip_weights[0])
@@ -188,7 +188,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
 
         if arch is not None:
             raise UserError(
-                f"clip arch={arch} with {folder}: its config.json already says it, leave arch out"
+                f"arch={arch} with {folder}: its config.json already says it, leave arch out"
             )
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         if not weights:
@@ -196,7 +196,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
         return transformers_folder(folder, identity or content_of(folder / "config.json", *weights))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise UserError(
-        f"{folder} holds no CLIP model (found: {found}): it needs {OPEN_CLIP_CONFIG} with "
+        f"{folder} holds no CLIP or SigLIP model (found: {found}): it needs {OPEN_CLIP_CONFIG} with "
         "open_clip_model.safetensors, or config.json with model.safetensors"
     )
 
@@ -232,7 +232,7 @@ def _from_file(path: Path, arch: str | None) -> Towers:
         return _openai_archive(path)
     if arch is None:
         raise UserError(
-            f"clip weights {path} do not say their architecture: give arch=, for example arch=ViT-H-14"
+            f"weights {path} do not say their architecture: give arch=, for example arch=ViT-H-14"
         )
     import open_clip
 
@@ -260,7 +260,7 @@ def _build_open_clip(
         except pickle.UnpicklingError as error:
             raise UserError(not_tensors(name)) from error
         except Exception as error:  # a torn file, a foreign architecture: libraries agree on no type
-            raise UserError(f"clip weights {name} do not load: {brief(error)}") from error
+            raise UserError(f"weights {name} do not load: {brief(error)}") from error
     return _open_towers(model, tokenizer, name, identity)
 
 
@@ -322,7 +322,7 @@ def check_end_token(ids: torch.Tensor, end: int | None, name: str) -> None:
     largest = int(ids.max())
     if end is not None and largest != end:
         raise UserError(
-            f"clip weights {name} read the text's feature at the largest token id ({largest}), but the end "
+            f"weights {name} read the text's feature at the largest token id ({largest}), but the end "
             f"token is {end}: set its id in the model's config, or give it the largest id"
         )
 
@@ -336,7 +336,7 @@ def hub_files(listing: list[str]) -> list[str]:
         for suffix in ("safetensors", "bin"):
             weights = [name for name in listing if re.fullmatch(rf"{kind}\.{suffix}", name)]
             if weights:
-                small = [name for name in listing if "/" not in name and name.endswith((".json", ".txt"))]
+                small = [name for name in listing if "/" not in name and name.endswith((".json", ".txt", ".model"))]
                 return [*small, *weights]
     return ["*.json", "*.txt"]
 
