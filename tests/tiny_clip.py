@@ -138,7 +138,8 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
     pairs = dict(norms)
     for ours, theirs in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
-        for layer in range(LAYERS):
+        depth = sum(key.startswith(f"{theirs}.resblocks.") for key in state if key.endswith("ln_1.weight"))
+        for layer in range(depth):
             to, source = f"{ours}.encoder.layers.{layer}", f"{theirs}.resblocks.{layer}"
             pairs |= {f"{to}.layer_norm1": f"{source}.ln_1", f"{to}.layer_norm2": f"{source}.ln_2"}
             pairs |= {f"{to}.mlp.fc1": f"{source}.mlp.c_fc", f"{to}.mlp.fc2": f"{source}.mlp.c_proj"}
