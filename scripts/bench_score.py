@@ -64,11 +64,11 @@ def main() -> int:
     lines = reporting.head("Scoring", " ".join(["python scripts/bench_score.py", *sys.argv[1:]]))
     lines += [
         f"{arguments.arch} with random weights, {len(rows)} pictures of {SIDE} x {SIDE} (PNG), "
-        f"{PROMPTS} prompts, {arguments.dtype}, {torch.get_num_threads()} threads, batches of {arguments.batch}, "
-        f"{arguments.rounds} rounds in turn.",
+        f"{PROMPTS} prompts, {arguments.dtype}, {torch.get_num_threads()} threads, batches of "
+        f"{arguments.batch}, {arguments.rounds} rounds in turn.",
         "",
         *("| figure | value |", "|---|---|"),
-        *(f"| {name} | {value:.3f} |" for name, value in figures.items()),
+        *(f"| {name} | {value:.4g} |" for name, value in figures.items()),
         "",
         *reporting.bars(bars),
     ]
