@@ -82,6 +82,7 @@ class Scorer:
 
     Class attributes say what a scorer is before any weight is loaded:
         needs: what a call must bring beside pictures: a subset of {"prompts", "context"}.
+        may_use: what it reads beyond that where a call brings it.
         higher_is_better: False for distances and complaints.
         media: "image".
     Attributes of an instance:
@@ -94,6 +95,7 @@ class Scorer:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    may_use: ClassVar[frozenset[str]] = frozenset()
     higher_is_better: ClassVar[bool] = True
     media: ClassVar[str] = "image"
 
@@ -110,6 +112,10 @@ class Scorer:
     def relative(self) -> bool:
         """See above; a property, since an option may decide it."""
         return False
+
+    def takes(self, what: str) -> bool:
+        """Returns whether "prompts" or "context" can change a value, needed or not."""
+        return what in self.needs or what in self.may_use or (what == "context" and self.relative)
 
     def load(self, device: str = "cpu") -> Self:
         """Returns this scorer, ready to score on `device`; a scorer with weights reads them here."""
@@ -278,8 +284,8 @@ def score_all(
         return {
             label: scorer.score(
                 images,
-                prompts if "prompts" in scorer.needs or scorer.relative else None,
-                context=context if "context" in scorer.needs or scorer.relative else None,
+                prompts if scorer.takes("prompts") else None,
+                context=context if scorer.takes("context") else None,
             )
             for label, scorer in scorers.items()
         }

@@ -80,9 +80,9 @@ class Plugin(Scorer):
         if sum(self._weight(label) for label in self._members) == 0 and self.how in VOTES:
             raise UserError("scorer ensemble: all weights are 0: give one above 0")
         self.scale = self.how
-        self.needs = frozenset().union(  # type: ignore[misc]  # of an instance: its members decide
-            *(member.needs for member in self._members.values())
-        )
+        members = self._members.values()  # needs of an instance: its members decide
+        self.needs = frozenset().union(*(member.needs for member in members))  # type: ignore[misc]
+        self.may_use = frozenset().union(*(member.may_use for member in members))  # type: ignore[misc]
 
     @property
     def differentiable(self) -> bool:

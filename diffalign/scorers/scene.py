@@ -37,6 +37,7 @@ class Plugin(Scorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prompts"})
+    may_use: ClassVar[frozenset[str]] = frozenset({"context"})
 
     scale: str = "share"
 

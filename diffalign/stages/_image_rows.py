@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,5 +173,27 @@ def check_needs(rows: Sequence[Row], scorers: Mapping[str, Scorer]) -> None:
 
 
 def relative_to(row: Row, folder: Path, target: Path) -> Row:
-    """Returns the row with its picture's path starting from `target` instead of `folder`."""
-    return {**row, "image": Path(os.path.relpath(folder / row["image"], target)).as_posix()}
+    """Returns the row with the paths in it starting from `target` instead of `folder`."""
+
+    def moved(path: str) -> str:
+        return Path(os.path.relpath(folder / path, target)).as_posix()
+
+    context = row.get("context")
+    changed = {"context": _map_paths(context, moved)} if isinstance(context, Mapping) else {}
+    return {**row, "image": moved(row["image"]), **changed}
+
+
+def context_of(row: Row, folder: Path) -> dict[str, Any]:
+    """Returns the row's context with the paths in it from the folder that they start from; {} without one."""
+    return _map_paths(row.get("context") or {}, lambda path: str(folder / path))
+
+
+def _map_paths(context: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Returns a context with its paths changed: `reference`, of one picture or of several."""
+    found = dict(context)
+    reference = found.get("reference")
+    if isinstance(reference, str):
+        found["reference"] = change(reference)
+    elif isinstance(reference, list):
+        found["reference"] = [change(one) if isinstance(one, str) else one for one in reference]
+    return found

@@ -62,7 +62,9 @@ class ScoreCache:
 
     def find(self, digest: str, row: Row, scorers: Mapping[str, Scorer]) -> dict[str, Any]:
         """Returns label -> entry of the scores that are known; safe to call from several threads."""
-        keys = {label: self._key(digest, row, scorer) for label, scorer in scorers.items() if _keeps(scorer)}
+        keys = {
+            label: self._key(digest, row, scorer) for label, scorer in scorers.items() if _keeps(scorer, row)
+        }
         found = {}
         with self._lock:
             for label, key in keys.items():
@@ -77,12 +79,10 @@ class ScoreCache:
 
     def keep(self, scorer: Scorer, entries: Iterable[tuple[str | None, Row, dict[str, Any]]]) -> None:
         """Keeps the scores of some pictures: (digest, row, entry)."""
-        if not _keeps(scorer):
-            return
         rows = [
             (self._key(digest, row, scorer), json.dumps(entry))
             for digest, row, entry in entries
-            if digest is not None and entry["value"] is not None
+            if digest is not None and entry["value"] is not None and _keeps(scorer, row)
         ]
         with self._lock, self._database:
             self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
@@ -91,12 +91,12 @@ class ScoreCache:
         identity = self._identities.get(id(scorer))
         if identity is None:
             identity = self._identities[id(scorer)] = _identity(scorer)
-        prompt = row.get("prompt") if "prompts" in scorer.needs else None
+        prompt = row.get("prompt") if scorer.takes("prompts") else None
         return hashlib.sha256(json.dumps([digest, prompt, identity]).encode()).digest()
 
 
-def _keeps(scorer: Scorer) -> bool:
-    return not scorer.relative and "context" not in scorer.needs
+def _keeps(scorer: Scorer, row: Row) -> bool:
+    return not scorer.relative and not (scorer.takes("context") and row.get("context"))
 
 
 def _identity(scorer: Scorer) -> str:

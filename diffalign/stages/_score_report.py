@@ -84,7 +84,7 @@ def ranking_of(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]
     found = []
     for group in groups.values():
         ranks = {name: _ranks([row["scores"][name] for row in group]) for name in names}
-        pictures = [
+        pictures: list[dict[str, Any]] = [
             {
                 "id": row["id"],
                 "image": row["image"],

@@ -91,7 +91,7 @@ class Labeller:
             if self._set_reward is not None:
                 return features.double()
             return torch.as_tensor(self._exemplar_reward(features)).double()
-        needed = contexts if "context" in self._scorer.needs else None
+        needed = [context or {} for context in contexts] if self._scorer.takes("context") else None
         scores = self._scorer.score(pictures, prompts, context=needed)
         values: Tensor = scores.values.double().cpu()
         for value, prompt, error in zip(values.tolist(), prompts, scores.errors, strict=True):

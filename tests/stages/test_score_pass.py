@@ -207,6 +207,26 @@ def test_processes_of_one_run_share_the_folder_and_others_do_not(tmp_path):
         pass
 
 
+def test_a_reference_picture_is_found_from_the_rows_own_folder(pictures, tmp_path, clip, monkeypatch):
+    """Paths in a context start where the rows lie, and stay right in the rows that are written."""
+    from tests.scorers.test_dino import contract_case
+
+    (tmp_path / "dino").mkdir()
+    options, *_ = contract_case(tmp_path / "dino")
+    rows = read_jsonl(pictures / "images.jsonl")
+    context = [{"reference": row["image"]} for row in rows[:1]] + [
+        {"reference": [rows[1]["image"], rows[0]["image"]]} for _ in rows[1:]
+    ]
+    write_jsonl(
+        pictures / "images.jsonl", [{**row, "context": c} for row, c in zip(rows, context, strict=True)]
+    )
+    monkeypatch.chdir(tmp_path)
+    first = run(pictures, tmp_path / "deep" / "out", clip, scorers={"dino": options})
+    assert values_of(first, "dino")[0] == pytest.approx(1.0, abs=1e-5)
+    again = run(tmp_path / "deep" / "out", tmp_path / "again", clip, scorers={"dino": options})
+    assert values_of(again, "dino") == pytest.approx(values_of(first, "dino"))
+
+
 def test_ranks_within_a_prompt(pictures, tmp_path, clip, capsys):
     scorers = {"clip": {"path": clip}, "jpeg": {}}
     rows = run(pictures, tmp_path / "out", clip, scorers=scorers, group=True)
