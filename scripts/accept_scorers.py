@@ -85,8 +85,8 @@ def main() -> int:
         "Scorers against independent code", "python scripts/accept_scorers.py --out FOLDER"
     )
     lines += [
-        f"{len(ours)} odd pictures, {len(PROMPTS)} prompts, random weights. A scale is 1 for a cosine and 100 "
-        "for logits; the spread is what the scores of these pictures and prompts span.",
+        f"{len(ours)} odd pictures, {len(PROMPTS)} prompts, random weights. A scale is 1 for a cosine and "
+        "100 for logits; the spread is what the scores of these pictures and prompts span.",
         "",
         *table(rows),
         "## What the options are worth",

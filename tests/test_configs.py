@@ -9,11 +9,14 @@ import yaml
 
 from diffalign import cli
 from diffalign.common.config import load_recipe
+from diffalign.common.plugins import names
+from diffalign.stages.score import score
 from diffalign.stages.train import train
 
 FOLDER = Path(__file__).parent.parent / "configs"
 EVERYTHING = sorted(FOLDER.glob("*.yaml"))
 CONFIGS = [path for path in EVERYTHING if "steps" not in yaml.safe_load(path.read_text(encoding="utf-8"))]
+SCORERS = sorted((FOLDER / "scorers").glob("*.yaml"))
 OF_SEVERAL = [path for path in EVERYTHING if path not in CONFIGS]
 
 
@@ -28,6 +31,23 @@ def test_recipe_resolves_and_keeps_what_the_file_says(path: Path) -> None:
     for key, value in _flat(written).items():
         resolved = _flat(recipe.resolved)[key]
         assert type(value)(resolved) == value if isinstance(value, float) else resolved == value, key
+
+
+def test_every_scorer_with_weights_has_a_recipe() -> None:
+    assert {path.stem for path in SCORERS} >= set(names("scorers")) - {"scene"}
+
+
+@pytest.mark.parametrize("path", SCORERS, ids=lambda path: path.stem)
+def test_recipe_of_a_scorer_resolves_and_keeps_what_the_file_says(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert f"diffalign score --config configs/scorers/{path.name} images=DIR out=OUT" in text
+    for said in ("Scale", "icence", "Verification level"):
+        assert said in text.split("scorers:\n")[0], said
+    recipe = load_recipe(score, str(path), ["images=DIR", "out=OUT"])
+    for label, options in yaml.safe_load(text)["scorers"].items():
+        resolved = recipe.resolved["scorers"][label]
+        for key, value in (options or {}).items():
+            assert resolved[key] == value, key
 
 
 @pytest.mark.parametrize("path", OF_SEVERAL, ids=lambda path: path.stem)

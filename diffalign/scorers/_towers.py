@@ -160,9 +160,7 @@ def _open(path: str, arch: str | None, revision: str | None) -> Towers:
     tags = ""
     if arch is not None and _tags(arch):
         tags = f", or one of the {arch} tags {', '.join(_tags(arch))}"
-    raise UserError(
-        f"weights '{path}' do not exist: give a folder, a weight file, a hub id (org/name){tags}"
-    )
+    raise UserError(f"weights '{path}' do not exist: give a folder, a weight file, a hub id (org/name){tags}")
 
 
 def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
@@ -187,9 +185,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
         from diffalign.scorers._towers_transformers import transformers_folder
 
         if arch is not None:
-            raise UserError(
-                f"arch={arch} with {folder}: its config.json already says it, leave arch out"
-            )
+            raise UserError(f"arch={arch} with {folder}: its config.json already says it, leave arch out")
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         if not weights:
             raise UserError(f"{folder} has config.json but no weights: put model.safetensors there")
@@ -336,7 +332,9 @@ def hub_files(listing: list[str]) -> list[str]:
         for suffix in ("safetensors", "bin"):
             weights = [name for name in listing if re.fullmatch(rf"{kind}\.{suffix}", name)]
             if weights:
-                small = [name for name in listing if "/" not in name and name.endswith((".json", ".txt", ".model"))]
+                small = [
+                    name for name in listing if "/" not in name and name.endswith((".json", ".txt", ".model"))
+                ]
                 return [*small, *weights]
     return ["*.json", "*.txt"]
 

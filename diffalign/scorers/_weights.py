@@ -93,6 +93,6 @@ def read_tensors(path: Path) -> dict[str, Any]:
 def not_tensors(name: str) -> str:
     """Returns what to say of a pickled program in the place of weights."""
     return (
-        f"weights {name} are a pickled program, not tensors, and are not opened: convert them where they "
-        "come from, with safetensors.torch.save_file(model.state_dict(), FILE)"
+        f"weights {name} are a pickled program or torn, not tensors, and are not opened: fetch them anew, or "
+        "convert them where they come from, with safetensors.torch.save_file(model.state_dict(), FILE)"
     )

@@ -15,6 +15,7 @@ from diffalign.data.pictures import PICTURE_SUFFIXES
 from diffalign.stages._run import refuse_unfinished
 
 if TYPE_CHECKING:
+    from diffalign.data.prompts import Prompt
     from diffalign.scorers import Scorer
 
 NAME_COLUMNS = ("image", "file_name", "id")
@@ -107,6 +108,12 @@ def _picture_files(folder: Path) -> list[Row]:
     return rows
 
 
+def _has(row: Row, need: str) -> bool:
+    if need == "prompt":
+        return isinstance(row.get("prompt"), str)
+    return any(isinstance(row.get(key), Mapping) and row[key] for key in ("context", "meta"))
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Returns what names sort by when numbers in them count as numbers."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
@@ -130,11 +137,11 @@ def with_prompts(rows: list[Row], source: str) -> list[Row]:
     prompts = load_prompts(source)
     if prompt_file(source) is None:
         return [{**row, "prompt": prompts[0].text} for row in rows]
-    by_name: dict[str, str] = {}
+    by_name: dict[str, Prompt] = {}
     for prompt in prompts:
         for column in NAME_COLUMNS:
             name = str(prompt.meta.get(column, ""))
-            if name and by_name.setdefault(name, prompt.text) != prompt.text:
+            if name and by_name.setdefault(name, prompt) is not prompt:
                 raise UserError(f"prompts={source}: '{name}' has two prompts: keep one")
     if not by_name:
         if len(prompts) != len(rows):
@@ -142,15 +149,21 @@ def with_prompts(rows: list[Row], source: str) -> list[Row]:
                 f"prompts={source} has {len(prompts)} prompts for {len(rows)} pictures and no column "
                 f"{' or '.join(NAME_COLUMNS)} that says whose each is: add one"
             )
-        return [{**row, "prompt": prompt.text} for row, prompt in zip(rows, prompts, strict=True)]
+        return [_given(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
     found = []
     for row in rows:
         path = Path(row["image"])
         known = [n for n in (row["image"], path.name, path.stem, str(row["id"])) if n in by_name]
         if not known:
             raise UserError(f"prompts={source} has none for picture '{row['image']}': add it")
-        found.append({**row, "prompt": by_name[known[0]]})
+        found.append(_given(row, by_name[known[0]]))
     return found
+
+
+def _given(row: Row, prompt: Prompt) -> Row:
+    """Returns the row with a prompt, and with what its file says beside it."""
+    meta = {key: value for key, value in prompt.meta.items() if key not in NAME_COLUMNS}
+    return {**row, "prompt": prompt.text, **({"meta": meta} if meta else {})}
 
 
 def check_needs(rows: Sequence[Row], scorers: Mapping[str, Scorer]) -> None:
@@ -162,8 +175,8 @@ def check_needs(rows: Sequence[Row], scorers: Mapping[str, Scorer]) -> None:
     if not scorers:
         raise UserError("no scorer is named: give scorers=[clip] or scorers='{clip: {path: FOLDER}}'")
     for name, scorer in scorers.items():
-        for need, key, kind in (("prompts", "prompt", str), ("context", "context", Mapping)):
-            missing = [row["id"] for row in rows if not isinstance(row.get(key), kind)]
+        for need, key in (("prompts", "prompt"), ("context", "context")):
+            missing = [row["id"] for row in rows if not _has(row, key)]
             if need in scorer.needs and missing:
                 or_file = ", or into a .txt file of the picture's name" if key == "prompt" else ""
                 raise UserError(
@@ -183,9 +196,14 @@ def relative_to(row: Row, folder: Path, target: Path) -> Row:
     return {**row, "image": moved(row["image"]), **changed}
 
 
-def context_of(row: Row, folder: Path) -> dict[str, Any]:
-    """Returns the row's context with the paths in it from the folder that they start from; {} without one."""
-    return _map_paths(row.get("context") or {}, lambda path: str(folder / path))
+def context_of(row: Row, folder: Path, *, needed: bool) -> dict[str, Any]:
+    """Returns the row's context with the paths in it from the folder that they start from; {} without one.
+
+    Where a context is needed and the row has none, what its prompt's file said beside the prompt is it: such
+    as the clauses of GenEval.
+    """
+    context = row.get("context") or (row.get("meta") if needed else None) or {}
+    return _map_paths(context, lambda path: str(folder / path))
 
 
 def _map_paths(context: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ class ScoreCache:
 
 
 def _keeps(scorer: Scorer, row: Row) -> bool:
-    return not scorer.relative and not (scorer.takes("context") and row.get("context"))
+    reads_context = "context" in scorer.needs or (scorer.takes("context") and bool(row.get("context")))
+    return not scorer.relative and not reads_context
 
 
 def _identity(scorer: Scorer) -> str:

@@ -81,7 +81,7 @@ def ranking_of(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(str(row.get("prompt_id", row.get("prompt", ""))), []).append(row)
-    found = []
+    found: list[dict[str, Any]] = []
     for group in groups.values():
         ranks = {name: _ranks([row["scores"][name] for row in group]) for name in names}
         pictures: list[dict[str, Any]] = [
@@ -94,7 +94,7 @@ def ranking_of(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]
             for place, row in enumerate(group)
         ]
         pictures.sort(key=lambda picture: picture["ranks"][names[0]] or math.inf)
-        about = {key: group[0][key] for key in ("prompt", "prompt_id") if key in group[0]}
+        about: dict[str, Any] = {key: group[0][key] for key in ("prompt", "prompt_id") if key in group[0]}
         found.append({**about, "pictures": pictures})
     return found
 

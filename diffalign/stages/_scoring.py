@@ -36,7 +36,7 @@ class Opened:
 
     Attributes:
         row: the row.
-        context: of the row, with paths that hold from here.
+        folder: that the row's paths start from.
         digest: what identifies the picture's bytes, None without any.
         known: label -> entry, of scores that need not be made again.
         picture: decoded; None where nothing is left to score, or it is broken.
@@ -44,7 +44,7 @@ class Opened:
     """
 
     row: Row
-    context: dict[str, Any] = field(default_factory=dict)
+    folder: Path
     digest: str | None = None
     known: dict[str, Entry] = field(default_factory=dict)
     picture: Image.Image | None = None
@@ -114,7 +114,7 @@ def groups_of(rows: Sequence[Row]) -> dict[Any, list[Row]]:
 
 def _open(row: Row, folder: Path, scorers: Mapping[str, Scorer], cache: ScoreCache | None) -> Opened:
     """Reads, decodes and prepares one picture, in a thread; nothing more than is left to be scored."""
-    opened = Opened(row, context_of(row, folder))
+    opened = Opened(row, folder)
     image = ImageRef(path=folder / row["image"], name=row["image"])
     try:
         content = image.read()
@@ -169,10 +169,12 @@ def _scored(scorer: Scorer, batch: list[Opened]) -> list[tuple[Entry, str | None
     if not batch:
         return []
     prompts = [opened.row.get("prompt") for opened in batch]
+    needed = "context" in scorer.needs
+    contexts = [context_of(opened.row, opened.folder, needed=needed) for opened in batch]
     result = scorer.score(
         [opened.picture for opened in batch if opened.picture is not None],  # all have one
         [str(prompt) for prompt in prompts] if scorer.takes("prompts") else None,
-        context=[opened.context for opened in batch] if scorer.takes("context") else None,
+        context=contexts if scorer.takes("context") else None,
     )
     values, parts = result.values.tolist(), {name: part.tolist() for name, part in result.parts.items()}
     found = []

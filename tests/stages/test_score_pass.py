@@ -94,6 +94,26 @@ def test_prompts_of_a_file_go_by_name_where_it_says_one(tmp_path):
         prompts_of(folder, str(tmp_path / "prompts.csv"))
 
 
+def test_what_a_file_says_beside_a_prompt_is_the_context(tmp_path, clip):
+    """GenEval's own file of prompts is all that its scorer needs beside boxes."""
+    folder = folder_of(tmp_path, ["0.png", "1.png"])
+    rows = [
+        {
+            "tag": "single_object",
+            "include": [{"class": name, "count": 1}],
+            "prompt": f"a photo of a {name}",
+            "detections": {"cat": [[0, 0, 5, 5, 0.9]]},
+        }
+        for name in ("cat", "dog")
+    ]
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    given = {"scorers": {"geneval": {}}, "prompts": str(tmp_path / "metadata.jsonl")}
+    rows = run(folder, tmp_path / "out", clip, **given)
+    assert values_of(rows, "geneval") == [1, 0] and rows[0]["meta"]["tag"] == "single_object"
+    with pytest.raises(UserError, match=r"geneval needs a context for every picture, '0\.png' has none"):
+        run(folder, tmp_path / "none", clip, scorers={"geneval": {}})
+
+
 def test_batches_and_threads_change_no_score(pictures, tmp_path, clip):
     whole = run(pictures, tmp_path / "a", clip, batch_size=9, workers=1)
     parts = run(pictures, tmp_path / "b", clip, batch_size=2, workers=4)
