@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffalign.stages._image_rows import Row
 
 FILE = "scores.sqlite"
-SPEED_ONLY = ("batch_size",)
+SPEED_ONLY = ("batch_size", "retries", "timeout", "workers")
 """Options of scorers that change no value."""
 
 WAIT_SECONDS = 60.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ def check_reward(objective: OnPolicyObjective, scorer: Any) -> None:
     """Refuses, before anything is loaded, a scorer or exemplars that the reward cannot use.
 
     Raises:
-        UserError: no features where the reward is of exemplars or sets, or exemplars that are too few.
+        UserError: no features where the reward is of exemplars or sets, exemplars that are too few, or values
+            that hold among the pictures of a prompt only.
     """
+    name = plugin_name(scorer)
+    if scorer.relative:
+        raise UserError(
+            f"scorer {name} judges pictures of a prompt against one another, which are not drawn together: "
+            "use one whose values hold by themselves"
+        )
     if objective.reward == "instance":
         return
-    name = plugin_name(scorer)
     if not hasattr(scorer, "embed_images"):
         raise UserError(
             f"objective.reward={objective.reward} needs features, and scorer {name} has none: use one that "
@@ -76,10 +82,11 @@ class Labeller:
         else:
             self._exemplar_reward = exemplar_reward(str(objective.measure), exemplars)
 
-    def look(self, pictures: list[Any], prompts: list[str], contexts: Sequence[Any]) -> Tensor:
+    def look(self, pictures: list[Any], prompts: list[str], about: Sequence[Mapping[str, Any]]) -> Tensor:
         """`[B]` rewards, higher being better, or `[B, d]` features where the reward is of a set; float64.
 
-        `contexts` are those of the prompts, None where a prompt has none; most scorers need none.
+        `about` is what the prompts' file says beside each: its `context`, or where a scorer needs one and
+        there is none, all of it.
 
         Raises:
             UserError: the scorer has no value for a picture; names its prompt.
@@ -91,8 +98,11 @@ class Labeller:
             if self._set_reward is not None:
                 return features.double()
             return torch.as_tensor(self._exemplar_reward(features)).double()
-        needed = [context or {} for context in contexts] if self._scorer.takes("context") else None
-        scores = self._scorer.score(pictures, prompts, context=needed)
+        contexts = None
+        if self._scorer.takes("context"):
+            needed = "context" in self._scorer.needs
+            contexts = [meta.get("context") or (meta if needed else {}) for meta in about]
+        scores = self._scorer.score(pictures, prompts, context=contexts)
         values: Tensor = scores.values.double().cpu()
         for value, prompt, error in zip(values.tolist(), prompts, scores.errors, strict=True):
             self._refuse_unless(math.isfinite(value), str(value), prompt, error)

@@ -257,8 +257,8 @@ class Rollout:
                     )
                     pictures = self.model.pictures(drawn, texts, seeds)
                 latents.append(drawn.float().cpu())
-                contexts = [prompt.meta.get("context") for prompt in prompts]
-                seen.append(self.labeller.look(pictures, texts, contexts).cpu())
+                about = [prompt.meta for prompt in prompts]
+                seen.append(self.labeller.look(pictures, texts, about).cpu())
         finally:
             network.train(was_training)
         return torch.cat(latents), torch.cat(seen)

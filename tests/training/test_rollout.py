@@ -18,7 +18,7 @@ from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.objectives.dragon import Plugin as Dragon
-from diffalign.scorers import set_reward
+from diffalign.scorers import load_scorer, set_reward
 from diffalign.scorers._base import Scorer, Scores
 from diffalign.scorers.clip import Plugin as CLIP
 from diffalign.training import loop
@@ -252,6 +252,25 @@ def test_a_picture_without_a_value_names_its_prompt(model: Any) -> None:
         take(make_rollout(model, scorer=Blind()), 1)
 
 
+@pytest.mark.parametrize("needed", [True, False])
+def test_what_stands_beside_a_prompt_reaches_the_scorer(needed: bool) -> None:
+    """Its `context`; all of it where a scorer cannot do without and there is none."""
+    given: list[Any] = []
+
+    class Reader(Brightness):
+        needs = frozenset({"context"} if needed else ())
+        may_use = frozenset({"context"})
+
+        def _score_batch(self, images: Any, prompts: Any, context: Any) -> Scores:
+            given.extend(context)
+            return Scores(torch.zeros(len(images)))
+
+    about = [{"context": {"a": 1}, "b": 2}, {"b": 2}, {}]
+    pictures = [Image.new("RGB", (4, 4))] * 3
+    Labeller(Dragon(), Reader()).look(pictures, ["x"] * 3, about)
+    assert given == [{"a": 1}, {"b": 2} if needed else {}, {}]
+
+
 def test_a_run_that_learned_nothing_is_refused_and_changes_nothing(model: Any, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
     with pytest.raises(UserError, match="all 5 steps taught nothing: of no pair one picture is better"):
@@ -271,6 +290,9 @@ def test_what_a_reward_cannot_use_is_refused(model: Any, tmp_path: Path) -> None
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="none holds 0 pictures: give 2 or more"):
         check_reward(Dragon(reward="set", exemplars=str(tmp_path / "none")), Embedding())
+    voting = load_scorer("ensemble", scorers={"jpeg": {}}, how="rank")
+    with pytest.raises(UserError, match="ensemble judges pictures of a prompt against one another"):
+        check_reward(Dragon(), voting)
     with pytest.raises(UserError, match="resolution=33: use a multiple of"):
         embed_prompts(model, PROMPTS, PreprocessSpec(resolution=33))
     with pytest.raises(UserError, match=r"exceed preprocess\.memory_limit_gb"):
