@@ -216,6 +216,19 @@ def test_groups_are_scored_together(case, scorer):
         torch.testing.assert_close(second.values, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_values(case, scorer):
+    _, _, images, prompts, context = case
+    there = load_scorer(case[0], device="cuda", **case[1])
+    torch.testing.assert_close(
+        there(images, prompts, context=context),
+        scorer(images, prompts, context=context),
+        rtol=1e-3,
+        atol=1e-3,
+        equal_nan=True,
+    )
+
+
 def test_an_unknown_option_names_the_nearest(case):
     option = dataclasses.fields(type(load_scorer(case[0], **case[1])))[0].name
     with pytest.raises(UserError, match=f"did you mean '{option}'"):
