@@ -25,6 +25,7 @@ from diffalign.common.config import Many, make_many, resolved_recipe
 from diffalign.common.errors import UserError
 
 if TYPE_CHECKING:
+    from diffalign.evaluation.pairs import Shot
     from diffalign.scorers import Scorer
     from diffalign.stages._image_rows import Row
     from diffalign.stages._score_cache import ScoreCache
@@ -86,6 +87,7 @@ def score(
         rows = _image_rows.with_prompts(rows, prompts)
     chosen = make_many("scorers", scorers)
     _image_rows.check_needs(rows, chosen)
+    others = None if compare is None else _other_shots(compare, list(chosen))
     share = _shares.my_share()
     if share.index > 0:
         silence()
@@ -106,7 +108,9 @@ def score(
         if scored is None:
             say(f"score: share {share.index + 1} of {share.count} is done; the last one to finish joins them")
         else:
-            _report(folder, scored, list(ready), group=group, compare=compare, table=table)
+            _report(folder, scored, list(ready), group=group, table=table)
+            if others is not None:
+                _compare(folder, scored, str(compare), others)
     return folder / "scores.jsonl"
 
 
@@ -135,13 +139,13 @@ def _score_share(
     part = _score_parts.own_part(folder, share)
     done = _score_parts.rows_so_far(folder)
     _score_parts.refuse_changed(str(folder), list(done.values()), folder)
-    if any(scorer.relative for scorer in ready.values()):
-        own = [row for group in share.of(list(groups_of(rows).values())) for row in group]
-    else:
-        own = share.of(rows)
-    missing = [row for row in own if str(row["id"]) not in done]
+    together = any(scorer.relative for scorer in ready.values())
+    # Of a group that a kill has torn, every picture is scored again: values hold within the whole group only.
+    own = share.of(list(groups_of(rows).values()) if together else [[row] for row in rows])
+    left = [group for group in own if any(str(row["id"]) not in done for row in group)]
+    missing, count = [row for group in left for row in group], sum(map(len, own))
     options = {"batch_size": recipe["batch_size"], "workers": recipe["workers"], "cache": cache}
-    with Progress("score", len(own), "pictures", initial=len(own) - len(missing)) as progress:
+    with Progress("score", count, "pictures", initial=count - len(missing)) as progress:
         for batch in score_batches(missing, source, ready, **options):
             files.append_jsonl(part, [relative_to(row, source, folder) for row in batch])
             progress.update(len(batch))
@@ -180,9 +184,7 @@ def _finish(
     return scored
 
 
-def _report(
-    folder: Path, scored: list[Row], names: list[str], *, group: bool, compare: str | None, table: str | None
-) -> None:
+def _report(folder: Path, scored: list[Row], names: list[str], *, group: bool, table: str | None) -> None:
     """Prints the summary, and writes what else was asked for."""
     from diffalign.common import files
     from diffalign.stages import _score_report
@@ -195,22 +197,38 @@ def _report(
     if group:
         files.write_jsonl(folder / RANKING, _score_report.ranking_of(scored, names))
         print(f"ranking: {folder / RANKING}")
-    if compare is not None:
-        _compare(folder, scored, compare)
 
 
-def _compare(folder: Path, scored: list[Row], other: str) -> None:
+def _other_shots(other: str, names: list[str]) -> list[Shot]:
+    """Returns the scored pictures of another folder; said before the work if they cannot be compared with.
+
+    Raises:
+        UserError: they are not there, or have none of the scorers called `names`.
+    """
+    from diffalign.evaluation.pairs import read_shots
+    from diffalign.stages._image_rows import read_image_rows
+
+    if not Path(other).exists():
+        raise UserError(f"compare={other} does not exist: give a folder that score wrote")
+    rows, folder = read_image_rows(Path(other) / "scores.jsonl" if Path(other).is_dir() else other)
+    shots = read_shots(rows, folder, f"compare={other}")
+    theirs = dict.fromkeys(name for shot in shots for name in shot.scores)
+    if not set(theirs) & set(names):
+        raise UserError(
+            f"compare={other} has scores of {', '.join(theirs) or 'nothing'}, not of {', '.join(names)}: "
+            "score both with one scorer"
+        )
+    return shots
+
+
+def _compare(folder: Path, scored: list[Row], other: str, theirs: list[Shot]) -> None:
     """Prints and writes how often these pictures beat those of another scored folder."""
     from diffalign.common import files
     from diffalign.evaluation._table import verdict_lines
     from diffalign.evaluation.pairs import match, read_shots
     from diffalign.evaluation.report import verdicts
-    from diffalign.stages._image_rows import read_image_rows
 
-    theirs, their_folder = read_image_rows(Path(other) / "scores.jsonl" if Path(other).is_dir() else other)
-    pairs = match(
-        read_shots(theirs, their_folder, f"compare={other}"), read_shots(scored, folder, str(folder))
-    )
+    pairs = match(theirs, read_shots(scored, folder, str(folder)))
     rewards = verdicts(pairs)
     files.write_json(folder / COMPARISON, {"base": other, "pairs": len(pairs), "rewards": rewards})
     print("\n".join([f"against {other}, {len(pairs)} pairs:", *verdict_lines(rewards)]))

@@ -171,6 +171,27 @@ def test_pictures_of_a_prompt_stay_together_for_those_that_vote(pictures, tmp_pa
         assert sorted(values_of([row for row in found if row["prompt"] == prompt], "vote")) == [0, 0.5, 1]
 
 
+def test_a_torn_group_is_judged_anew_as_a_whole(pictures, tmp_path, clip):
+    voting = {"vote": {"name": "ensemble", "how": "rank", "scorers": {"clip": {"path": clip}}}}
+    expected = run(pictures, tmp_path / "out", clip, scorers=voting)
+    lines = (tmp_path / "out" / "scores.jsonl").read_text().splitlines()
+    (tmp_path / "out" / "parts").mkdir()
+    part = tmp_path / "out" / "parts" / "00000-of-00001.jsonl"
+    part.write_text("\n".join(lines[:4]) + "\n" + lines[4][:10])  # one picture of the second prompt
+    for name in ("manifest.json", "scores.jsonl", "summary.json"):
+        (tmp_path / "out" / name).unlink()
+    assert run(pictures, tmp_path / "out", clip, scorers=voting) == expected
+
+
+def test_what_cannot_be_compared_with_is_said_before_the_work(pictures, tmp_path, clip):
+    run(pictures, tmp_path / "base", clip, scorers={"jpeg": {}})
+    with pytest.raises(UserError, match="has scores of jpeg, not of clip"):
+        run(pictures, tmp_path / "out", clip, compare=str(tmp_path / "base"))
+    with pytest.raises(UserError, match=r"compare=.*nowhere does not exist"):
+        run(pictures, tmp_path / "out", clip, compare=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_batches_of_groups():
     rows = [{"prompt": prompt} for prompt in "aabbbbbac"]
     batches = _scoring.batches_of(rows, 4, whole_groups=True)
