@@ -33,6 +33,7 @@ from diffalign.scorers import load_scorer
 from diffalign.scorers._aesthetic_heads import PUBLISHED, layers_of, open_head
 from diffalign.scorers._pixels import OPENAI_MEAN, OPENAI_STD
 from diffalign.scorers._weights import read_tensors
+from tests import tiny_imagereward
 
 REPORT = Path(__file__).with_name("results") / "scorers.md"
 MAX_APART, MAX_FUSED = 1e-4, 1e-6
@@ -45,6 +46,9 @@ PROMPTS = [
     "café au lait, 4k, 東京",
     "a red circle",
 ]
+
+PLAIN_PROMPTS = ["a red circle", "two blue squares", "square, at night!", "red " * 50, "", "a photo", "blue"]
+"""Of words that the vocabulary of tiny_imagereward knows, or not; one is cut."""
 
 
 @dataclass
@@ -71,7 +75,7 @@ def main() -> int:
     ours = [ImageRef(path=path).open() for path in paths]
     theirs = [by_hand(path) for path in paths]
     rows, variants = [], []
-    for compare in (hpsv2, pickscore, clip_l14):
+    for compare in (hpsv2, pickscore, clip_l14, imagereward):
         found, others = compare(out, arguments.arch, ours, theirs)
         rows.append(found)
         variants += others
@@ -211,9 +215,10 @@ def compared(
     expected: torch.Tensor,
     make: Callable[..., Any],
     pictures: list[Image.Image],
+    prompts: list[str] = PROMPTS,
 ) -> tuple[Row, list[Row]]:
     """The scorer against the expected scores, and its options against itself."""
-    values = make()(pictures, PROMPTS)
+    values = make()(pictures, prompts)
     spread = float(values.max() - values.min())
 
     def apart(others: torch.Tensor) -> float:
@@ -224,7 +229,7 @@ def compared(
         Row(
             name,
             f"{option} against {default}",
-            apart(make(**{key: option})(pictures, PROMPTS)),
+            apart(make(**{key: option})(pictures, prompts)),
             spread,
             scale,
         )
@@ -275,6 +280,24 @@ def clip_l14(
         return load_scorer("clip", path=str(path), arch=arch, **options)
 
     return compared("clip", "transformers", 1.0, expected, make, ours)
+
+
+def imagereward(
+    out: Path, arch: str, ours: list[Image.Image], theirs: list[Image.Image]
+) -> tuple[Row, list[Row]]:
+    """The published layout, against its formulas in plain tensor code; words without accents."""
+    sizes = tiny_imagereward.TRUE if arch == "ViT-H-14" else tiny_imagereward.TINY
+    state = tiny_imagereward.tensors(512, sizes=sizes)
+    med_config = tiny_imagereward.config(512, sizes)
+    options = tiny_imagereward.write(out / "imagereward", state, med_config, sizes)
+    with torch.no_grad():
+        expected = tiny_imagereward.rewards(state, theirs, PLAIN_PROMPTS, sizes=sizes)
+    del state
+
+    def make(**others: Any) -> Any:
+        return load_scorer("imagereward", **options, **others)
+
+    return compared("imagereward", "plain tensor code", 1.0, expected, make, ours, PLAIN_PROMPTS)
 
 
 def fused_heads(folder: Path) -> dict[str, float]:

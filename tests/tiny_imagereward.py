@@ -1,9 +1,10 @@
-"""A small random ImageReward in the published layout, and its formulas in plain tensor code."""
+"""A random ImageReward in the published layout, small or of true size, and its formulas in tensor code."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,35 @@ from PIL import Image
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = ("a", "red", "blue", "circle", "square", "left", "of", "photo", "at", "night", ",", "!")
 VOCABULARY = {token: place for place, token in enumerate(SPECIAL + WORDS)}
-PIXELS, PATCH, SEEN, READ, LAYERS, HEADS, POSITIONS = 32, 8, 128, 128, 2, 4, 40
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of both encoders: what is seen is the picture, what is read the text."""
+
+    pixels: int = 32
+    patch: int = 8
+    seen: int = 128
+    seen_layers: int = 2
+    seen_inner: int = 96
+    read: int = 128
+    read_layers: int = 2
+    read_inner: int = 80
+    heads: int = 4
+    words: int = len(VOCABULARY)
+    head: tuple[int, ...] = (12, 8, 6, 4)
+    first: float = 1e-3  # of embeddings: small, so that the eps of the first layer norm shows
+
+
+TINY = Sizes()
+TRUE = Sizes(224, 16, 1024, 24, 4096, 768, 12, 3072, 12, 30522, (1024, 128, 64, 16), 0.02)
+"""ViT-L/16 and BERT-base."""
+
+READ, HEADS, POSITIONS = TINY.read, TINY.heads, 40
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
 
-def tensors(positions: int = POSITIONS, seed: int = 0) -> dict[str, torch.Tensor]:
+def tensors(positions: int = POSITIONS, seed: int = 0, sizes: Sizes = TINY) -> dict[str, torch.Tensor]:
     """A random checkpoint in the published layout, with what is saved there and not used."""
     draw = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
@@ -37,77 +62,81 @@ def tensors(positions: int = POSITIONS, seed: int = 0) -> dict[str, torch.Tensor
 
     vision, text = "blip.visual_encoder", "blip.text_encoder"
     # Small at the start, so that the eps of the first layer norm shows.
-    put(f"{vision}.cls_token", 1, 1, SEEN, size=0.02)
-    put(f"{vision}.pos_embed", 1, (PIXELS // PATCH) ** 2 + 1, SEEN, size=0.02)
-    put(f"{vision}.patch_embed.proj.weight", SEEN, 3, PATCH, PATCH, size=0.001)
-    put(f"{vision}.patch_embed.proj.bias", SEEN, size=0.02)
-    for layer in (f"{vision}.blocks.{index}" for index in range(LAYERS)):
-        norm(f"{layer}.norm1", SEEN)
-        linear(f"{layer}.attn.qkv", 3 * SEEN, SEEN)
-        linear(f"{layer}.attn.proj", SEEN, SEEN)
-        norm(f"{layer}.norm2", SEEN)
-        linear(f"{layer}.mlp.fc1", 96, SEEN)
-        linear(f"{layer}.mlp.fc2", SEEN, 96)
-    norm(f"{vision}.norm", SEEN)
+    put(f"{vision}.cls_token", 1, 1, sizes.seen, size=0.02)
+    put(f"{vision}.pos_embed", 1, (sizes.pixels // sizes.patch) ** 2 + 1, sizes.seen, size=0.02)
+    put(f"{vision}.patch_embed.proj.weight", sizes.seen, 3, sizes.patch, sizes.patch, size=0.001)
+    put(f"{vision}.patch_embed.proj.bias", sizes.seen, size=0.02)
+    for layer in (f"{vision}.blocks.{index}" for index in range(sizes.seen_layers)):
+        norm(f"{layer}.norm1", sizes.seen)
+        linear(f"{layer}.attn.qkv", 3 * sizes.seen, sizes.seen)
+        linear(f"{layer}.attn.proj", sizes.seen, sizes.seen)
+        norm(f"{layer}.norm2", sizes.seen)
+        linear(f"{layer}.mlp.fc1", sizes.seen_inner, sizes.seen)
+        linear(f"{layer}.mlp.fc2", sizes.seen, sizes.seen_inner)
+    norm(f"{vision}.norm", sizes.seen)
     state[f"{text}.embeddings.position_ids"] = torch.arange(positions)[None]
-    put(f"{text}.embeddings.word_embeddings.weight", len(VOCABULARY) + 2, READ, size=1e-3)
-    put(f"{text}.embeddings.position_embeddings.weight", positions, READ, size=1e-3)
-    norm(f"{text}.embeddings.LayerNorm", READ)
-    for layer in (f"{text}.encoder.layer.{index}" for index in range(LAYERS)):
-        for kind, source in (("attention", READ), ("crossattention", SEEN)):
-            linear(f"{layer}.{kind}.self.query", READ, READ)
-            linear(f"{layer}.{kind}.self.key", READ, source)
-            linear(f"{layer}.{kind}.self.value", READ, source)
-            linear(f"{layer}.{kind}.output.dense", READ, READ)
-            norm(f"{layer}.{kind}.output.LayerNorm", READ)
-        linear(f"{layer}.intermediate.dense", 80, READ)
-        linear(f"{layer}.output.dense", READ, 80)
-        norm(f"{layer}.output.LayerNorm", READ)
-    linear("blip.vision_proj", 16, SEEN)
-    linear("blip.text_proj", 16, READ)
-    for place, (wide, narrow) in zip(
-        (0, 2, 4, 6, 7), ((READ, 12), (12, 8), (8, 6), (6, 4), (4, 1)), strict=True
-    ):
+    put(f"{text}.embeddings.word_embeddings.weight", sizes.words + 2, sizes.read, size=sizes.first)
+    put(f"{text}.embeddings.position_embeddings.weight", positions, sizes.read, size=sizes.first)
+    norm(f"{text}.embeddings.LayerNorm", sizes.read)
+    for layer in (f"{text}.encoder.layer.{index}" for index in range(sizes.read_layers)):
+        for kind, source in (("attention", sizes.read), ("crossattention", sizes.seen)):
+            linear(f"{layer}.{kind}.self.query", sizes.read, sizes.read)
+            linear(f"{layer}.{kind}.self.key", sizes.read, source)
+            linear(f"{layer}.{kind}.self.value", sizes.read, source)
+            linear(f"{layer}.{kind}.output.dense", sizes.read, sizes.read)
+            norm(f"{layer}.{kind}.output.LayerNorm", sizes.read)
+        linear(f"{layer}.intermediate.dense", sizes.read_inner, sizes.read)
+        linear(f"{layer}.output.dense", sizes.read, sizes.read_inner)
+        norm(f"{layer}.output.LayerNorm", sizes.read)
+    linear("blip.vision_proj", 16, sizes.seen)
+    linear("blip.text_proj", 16, sizes.read)
+    widths = (sizes.read, *sizes.head, 1)
+    for place, wide, narrow in zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True):
         linear(f"mlp.layers.{place}", narrow, wide)
     return state
 
 
-def config(positions: int = POSITIONS) -> dict:
+def config(positions: int = POSITIONS, sizes: Sizes = TINY) -> dict:
     return {
         "architectures": ["BertModel"],
         "hidden_act": "gelu",
-        "hidden_size": READ,
-        "intermediate_size": 80,
+        "hidden_size": sizes.read,
+        "intermediate_size": sizes.read_inner,
         "layer_norm_eps": 1e-12,
         "max_position_embeddings": positions,
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "vocab_size": len(VOCABULARY) + 2,
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": sizes.read_layers,
+        "vocab_size": sizes.words + 2,
         "encoder_width": 768,  # wrong in the published file, too: nobody reads it
         "add_cross_attention": True,
     }
 
 
-def write(folder: Path, state: dict | None = None, med_config: dict | None = None) -> dict[str, str]:
+def write(
+    folder: Path, state: dict | None = None, med_config: dict | None = None, sizes: Sizes = TINY
+) -> dict[str, str]:
     """Writes a checkpoint and its vocabulary; returns the options that load it."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(tensors() if state is None else state, folder / "ImageReward.pt")
-    (folder / "med_config.json").write_text(json.dumps(config() if med_config is None else med_config))
+    torch.save(tensors(sizes=sizes) if state is None else state, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(
+        json.dumps(config(sizes=sizes) if med_config is None else med_config)
+    )
     words = folder / "words"
     words.mkdir(exist_ok=True)
-    (words / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    known = [*VOCABULARY, *(f"[unused{place}]" for place in range(sizes.words - len(VOCABULARY)))]
+    (words / "vocab.txt").write_text("\n".join(known) + "\n")
     return {"path": str(folder), "tokenizer": str(words)}
 
 
 # The independent path: explicit formulas on the checkpoint's tensors, one pair at a time, no padding.
 
 
-def pixels_by_hand(image: Image.Image) -> torch.Tensor:
+def pixels_by_hand(image: Image.Image, pixels: int) -> torch.Tensor:
     width, height = image.size
     short = min(width, height)
-    new = (int(PIXELS * width / short), int(PIXELS * height / short))
-    left, top = (round((side - PIXELS) / 2) for side in new)
-    fitted = image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + PIXELS, top + PIXELS))
+    new = (int(pixels * width / short), int(pixels * height / short))
+    left, top = (round((side - pixels) / 2) for side in new)
+    fitted = image.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + pixels, top + pixels))
     values = (np.asarray(fitted) / 255 - (0.48145466, 0.4578275, 0.40821073)) / (
         0.26862954,
         0.26130258,
@@ -128,7 +157,8 @@ def plain(
     image: Image.Image,
     prompt: str,
     *,
-    heads: int = HEADS,
+    sizes: Sizes = TINY,
+    heads: int | None = None,
     length: int = 35,
     eps: float = 1e-6,
     text_eps: float = 1e-12,
@@ -157,14 +187,15 @@ def plain(
         return torch.cat(out, -1)
 
     vision, text = "blip.visual_encoder", "blip.text_encoder"
-    patches = pixels_by_hand(image).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)
-    patches = patches.permute(1, 2, 0, 3, 4).reshape(-1, 3 * PATCH * PATCH)
+    patches = pixels_by_hand(image, sizes.pixels)
+    patches = patches.unfold(1, sizes.patch, sizes.patch).unfold(2, sizes.patch, sizes.patch)
+    patches = patches.permute(1, 2, 0, 3, 4).reshape(-1, 3 * sizes.patch**2)
     weight = state[f"{vision}.patch_embed.proj.weight"].flatten(1)
     seen = patches @ weight.T + state[f"{vision}.patch_embed.proj.bias"]
     seen = torch.cat([state[f"{vision}.cls_token"][0], seen]) + state[f"{vision}.pos_embed"][0]
-    for layer in (f"{vision}.blocks.{index}" for index in range(LAYERS)):
+    for layer in (f"{vision}.blocks.{index}" for index in range(sizes.seen_layers)):
         q, k, v = linear(norm(seen, f"{layer}.norm1", eps), f"{layer}.attn.qkv").chunk(3, -1)
-        seen = seen + linear(attend(q, k, v, SEEN // 64), f"{layer}.attn.proj")
+        seen = seen + linear(attend(q, k, v, sizes.seen // 64), f"{layer}.attn.proj")
         inner = gelu(linear(norm(seen, f"{layer}.norm2", eps), f"{layer}.mlp.fc1"))
         seen = seen + linear(inner, f"{layer}.mlp.fc2")
     if last_norm:
@@ -173,12 +204,12 @@ def plain(
     words = state[f"{text}.embeddings.word_embeddings.weight"][ids]
     read = words + state[f"{text}.embeddings.position_embeddings.weight"][: len(ids)]
     read = norm(read, f"{text}.embeddings.LayerNorm", text_eps)
-    for layer in (f"{text}.encoder.layer.{index}" for index in range(LAYERS)):
+    for layer in (f"{text}.encoder.layer.{index}" for index in range(sizes.read_layers)):
         for kind in ("attention", "crossattention"):
             source = read if kind == "attention" else seen
             q = linear(read, f"{layer}.{kind}.self.query")
             k, v = (linear(source, f"{layer}.{kind}.self.{each}") for each in ("key", "value"))
-            out = linear(attend(q, k, v, heads), f"{layer}.{kind}.output.dense")
+            out = linear(attend(q, k, v, heads or sizes.heads), f"{layer}.{kind}.output.dense")
             read = norm(read + out, f"{layer}.{kind}.output.LayerNorm", text_eps)
         inner = gelu(linear(read, f"{layer}.intermediate.dense"))
         read = norm(read + linear(inner, f"{layer}.output.dense"), f"{layer}.output.LayerNorm", text_eps)
@@ -187,7 +218,8 @@ def plain(
 
 def fused(state: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the head as one affine map, in float64: the product of its matrices, the sum of its biases."""
-    weight, bias = torch.eye(READ, dtype=torch.float64), torch.zeros(READ, dtype=torch.float64)
+    width = state["mlp.layers.0.weight"].shape[1]
+    weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     for place in (0, 2, 4, 6, 7):
         step = state[f"mlp.layers.{place}.weight"].double()
         weight, bias = step @ weight, step @ bias + state[f"mlp.layers.{place}.bias"].double()
