@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from full_size_clip import clip_config, full_tokenizer, renamed, write_state_dict, write_transformers
 from PIL import Image, ImageOps
-from transformers import CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from diffalign.common import files
 from diffalign.data.pictures import ImageRef
@@ -198,13 +198,14 @@ def of_transformers(state: dict[str, torch.Tensor], arch: str, pixels: torch.Ten
 
 
 def of_open_clip(state: dict[str, torch.Tensor], arch: str, pictures: list[Image.Image]) -> torch.Tensor:
-    """Cosines by open_clip, with its own preparation, one picture at a time."""
+    """Cosines by open_clip, with the preparation of transformers, one picture at a time."""
     model = open_clip.create_model(arch, require_pretrained=False).eval()
     model.load_state_dict(state, strict=True)
-    prepare = open_clip.image_transform(224, is_train=False)
+    prepare = CLIPImageProcessorPil()  # of this layout's authors; open_clip crops some sizes a pixel off
     with torch.no_grad():
         texts = model.encode_text(open_clip.get_tokenizer("ViT-H-14")(PROMPTS))
-        images = torch.cat([model.encode_image(prepare(picture)[None]) for picture in pictures])
+        pixels = [prepare(picture, return_tensors="pt").pixel_values for picture in pictures]
+        images = torch.cat([model.encode_image(one) for one in pixels])
     return F.cosine_similarity(images, texts)
 
 
@@ -254,7 +255,7 @@ def hpsv2(out: Path, arch: str, ours: list[Image.Image], theirs: list[Image.Imag
 def pickscore(
     out: Path, arch: str, ours: list[Image.Image], theirs: list[Image.Image]
 ) -> tuple[Row, list[Row]]:
-    """transformers' layout read by open_clip, with open_clip's preparation."""
+    """transformers' layout read by open_clip."""
     folder = write_transformers(out / "pickscore", arch, seed=2)
     state = read_tensors(write_state_dict(out / "pickscore-open_clip.pt", arch, seed=2))
     expected = 100 * of_open_clip(state, arch, theirs)
@@ -264,7 +265,7 @@ def pickscore(
     def make(**options: Any) -> Any:
         return load_scorer("pickscore", path=str(folder), **options)
 
-    return compared("pickscore", "open_clip", 100.0, expected, make, ours)
+    return compared("pickscore", "open_clip, transformers' own preparation", 100.0, expected, make, ours)
 
 
 def clip_l14(

@@ -150,6 +150,8 @@ def make_many(kind: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = [value]
     entries = dict(value) if isinstance(value, Mapping) else {str(name): {} for name in value}
+    if len(entries) < len(value):
+        raise UserError(f"the {plugins.label(kind)} list names one twice: {', '.join(map(str, value))}")
     made = {}
     for label, entry in entries.items():
         keys_given = isinstance(entry, Mapping) or entry is None

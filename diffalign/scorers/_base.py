@@ -115,7 +115,7 @@ class Scorer:
 
     def takes(self, what: str) -> bool:
         """Returns whether "prompts" or "context" can change a value, needed or not."""
-        return what in self.needs or what in self.may_use or (what == "context" and self.relative)
+        return what in self.needs or what in self.may_use or self.relative  # which groups by either
 
     def load(self, device: str = "cpu") -> Self:
         """Returns this scorer, ready to score on `device`; a scorer with weights reads them here."""
@@ -220,7 +220,8 @@ class Scorer:
         """Returns the scores of a relative scorer: group after group, put back in the given order."""
         groups: dict[Any, list[int]] = {}
         for place in range(len(images)):
-            key = (context[place].get("group") if context else None) or (prompts[place] if prompts else None)
+            named = context[place].get("group") if context else None
+            key = named if named is not None else prompts[place] if prompts else None
             groups.setdefault(key, []).append(place)
         found = []
         for places in groups.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,44 +43,50 @@ class TextMemo:
 class PictureMemo:
     """Pixels and features of the pictures of one pass, for all scorers that stand on the same network.
 
-    Outside of a pass nothing is kept: a picture is known by its identity, which only holds while the caller
-    keeps it, unchanged.
+    Pictures are known by their identity and held while they are, so that no other picture can be taken for
+    one of them. Outside of a pass nothing is kept: a caller may change a picture between two calls. Several
+    threads may be in a pass at once; what is known is dropped when the last one leaves.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Hashable, int], torch.Tensor] | None = None
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._known: dict[tuple[Hashable, int], tuple[Any, torch.Tensor]] = {}
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """Keeps what is computed until the end of the block; passes may nest."""
-        if self._known is not None:
-            yield
-            return
-        self._known = {}
+        with self._lock:
+            self._depth += 1
         try:
             yield
         finally:
-            self._known = None
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._known.clear()
 
     def forget(self, images: Sequence[Any]) -> None:
-        """Drops what is known of these pictures, before the caller lets go of them."""
+        """Drops what is known of these pictures."""
         gone = {id(image) for image in images}
-        known = self._known if self._known is not None else {}
-        for key in [key for key in list(known) if key[1] in gone]:  # in place: other threads may be adding
-            del known[key]
+        with self._lock:
+            for key in [key for key in self._known if key[1] in gone]:
+                del self._known[key]
 
     def __call__(
         self, images: Sequence[Any], kind: Hashable, compute: Callable[[list[Any]], torch.Tensor]
     ) -> torch.Tensor:
         """Returns `compute(images)`, [B, ...]; in a pass only of those not seen before in this `kind`."""
-        known = self._known
-        if known is None:
+        if self._depth == 0 or not images:
             return compute(list(images))
         keys = [(kind, id(image)) for image in images]
+        with self._lock:
+            known = {key: self._known[key][1] for key in keys if key in self._known}
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
-        if missing or not images:
-            fresh = compute(list(missing.values()))
-            if not images:
-                return fresh
-            known.update(zip(missing, fresh, strict=True))
+        if missing:
+            fresh = dict(zip(missing, compute(list(missing.values())), strict=True))
+            known |= fresh
+            with self._lock:
+                if self._depth > 0:
+                    self._known |= {key: (missing[key], row) for key, row in fresh.items()}
         return torch.stack([known[key] for key in keys])

@@ -25,10 +25,13 @@ class Preprocess:
 
     Attributes:
         size: height and width of the result.
-        resize: "shortest" (shorter side to `size`, then centre crop), "squash" (both sides), "longest" (pad).
+        resize: "shortest" (shorter side to `size`, then centre crop), "squash" (both sides), "longest"
+            (longer side to `size`, then padding, rounded as by open_clip), "letterbox" (the same, rounded as
+            by HPS v2: one row more or less for some sizes, such as 768 x 420).
         shortest: length of the shorter side before the crop; None: that of `size`.
         interpolation: "bicubic" or "bilinear".
-        fill: grey level 0-255 of the padding of "longest".
+        fill: grey level 0-255 of the padding.
+        crop: "round" (torchvision: half a pixel too many goes to the even side) or "floor" (transformers).
         resizes: what the authors resize in mode "reference": "picture" (PIL, 8 bits) or "tensor" (floats
             with antialiasing, which may leave [0, 1]).
     """
@@ -41,6 +44,7 @@ class Preprocess:
     shortest: int | None = None
     fill: int = 0
     resizes: str = "picture"
+    crop: str = "round"
 
     def __call__(self, images: list[Image.Image] | torch.Tensor, mode: Mode = "reference") -> torch.Tensor:
         """Returns normalised pixels float32 [B, 3, *size] of PIL pictures or of a tensor in [0, 1].
@@ -82,23 +86,34 @@ class Preprocess:
         if self.resize == "squash":
             return tv.resize(image, [height, width], mode, antialias=True)
         old_height, old_width = tv.get_size(image)
-        if self.resize == "longest":
-            ratio = max(old_height / height, old_width / width)
-        elif self.shortest is not None or height == width:
+        if self.resize == "shortest" and (self.shortest is not None or height == width):
             # An int makes torchvision round the longer side as the published transforms do.
-            return tv.center_crop(
-                tv.resize(image, [self.shortest or height], mode, antialias=True), [height, width]
-            )
+            return self._cropped(tv.resize(image, [self.shortest or height], mode, antialias=True))
+        if self.resize == "letterbox":
+            scale = min(height / old_height, width / old_width)
+            new_size = [max(1, round(old_height * scale)), max(1, round(old_width * scale))]
         else:
-            ratio = min(old_height / height, old_width / width)
-        new_size = [max(1, round(old_height / ratio)), max(1, round(old_width / ratio))]
+            pick = min if self.resize == "shortest" else max
+            ratio = pick(old_height / height, old_width / width)
+            new_size = [max(1, round(old_height / ratio)), max(1, round(old_width / ratio))]
         fitted = tv.resize(image, new_size, mode, antialias=True)
         if self.resize == "shortest":
-            return tv.center_crop(fitted, [height, width])
+            return self._cropped(fitted)
         new_height, new_width = tv.get_size(fitted)
         left, top = (width - new_width) // 2, (height - new_height) // 2
         borders = [left, top, width - new_width - left, height - new_height - top]
         return tv.pad(fitted, borders, fill=self.fill if isinstance(fitted, Image.Image) else self.fill / 255)
+
+    def _cropped(self, image: Any) -> Any:
+        """Returns the middle of a picture, at the tower's size."""
+        from torchvision.transforms.v2 import functional as tv
+
+        height, width = self.size
+        if self.crop == "round":
+            return tv.center_crop(image, [height, width])
+        old_height, old_width = tv.get_size(image)
+        top, left = (old_height - height) // 2, (old_width - width) // 2
+        return tv.crop(image, top, left, height, width)
 
 
 def as_pictures(images: list[Image.Image] | torch.Tensor) -> list[Image.Image]:

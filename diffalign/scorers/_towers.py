@@ -66,7 +66,7 @@ class Towers:
     memo: PictureMemo = field(default_factory=PictureMemo)
 
     def __post_init__(self) -> None:
-        self._texts = TextMemo(lambda texts: F.normalize(self.encode_texts(texts).float(), dim=-1))
+        self._texts = TextMemo(self._encoded_texts)
 
     def images(
         self,
@@ -81,7 +81,8 @@ class Towers:
         prepare = preprocess or self.preprocess
 
         def encode(pixels: torch.Tensor) -> torch.Tensor:
-            return F.normalize(self.encode_images(pixels.to(self.device, self.dtype)).float(), dim=-1)
+            with self._own_precision():
+                return F.normalize(self.encode_images(pixels.to(self.device, self.dtype)).float(), dim=-1)
 
         if isinstance(images, torch.Tensor):
             return encode(prepare(images, mode))
@@ -101,6 +102,14 @@ class Towers:
     def texts(self, texts: list[str]) -> torch.Tensor:
         """Returns L2-normalised features float32 [B, d] of texts, without a gradient."""
         return self._texts(texts)
+
+    def _encoded_texts(self, texts: list[str]) -> torch.Tensor:
+        with self._own_precision():
+            return F.normalize(self.encode_texts(texts).float(), dim=-1)
+
+    def _own_precision(self) -> torch.autocast:
+        """Returns the context in which a caller's autocast does not change (and texts keep) other numbers."""
+        return torch.autocast(self.device.split(":")[0], enabled=False)
 
 
 _opened: weakref.WeakValueDictionary[Any, Towers] = weakref.WeakValueDictionary()

@@ -51,7 +51,7 @@ class _Family:
 
 
 FAMILIES = {
-    "clip": _Family("CLIPModel", Preprocess(size=(224, 224))),
+    "clip": _Family("CLIPModel", Preprocess(size=(224, 224), crop="floor")),
     "siglip": _Family(
         "SiglipModel",
         Preprocess(size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash"),
@@ -172,7 +172,8 @@ def image_settings(folder: Path) -> dict[str, Any] | None:
 def preprocess_from(settings: dict[str, Any], default: Preprocess) -> Preprocess:
     """Returns preprocessing from an image processor's settings; what they leave out is the default's.
 
-    Sizes are numbers in old files: of both sides where the default squashes, else of the shorter.
+    Sizes are numbers in old files: of both sides where the default squashes, else of the shorter. The crop is
+    that of the processors which the published scores were made with; transformers 5 has torchvision's, too.
     """
     size: Any = settings.get("size") or default.shortest or default.size[0]
     crop: Any = settings.get("crop_size") or default.size[0]
@@ -189,6 +190,7 @@ def preprocess_from(settings: dict[str, Any], default: Preprocess) -> Preprocess
         std=tuple(settings.get("image_std") or default.std),
         resize="squash" if squash else "shortest",
         shortest=shortest,
+        crop="floor",
         # PIL's numbers.
         interpolation={2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 0), default.interpolation),
     )

@@ -31,13 +31,13 @@ def hub_folder(repo: str, revision: str | None, wanted: Callable[[list[str]], li
         UserError: no such repository, or no network and it was never downloaded.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         listing = HfApi().list_repo_files(repo, revision=revision)
     except HFValidationError as error:
         raise UserError(f"weights '{repo}' are no local folder and no hub id (org/name)") from error
-    except (OSError, HfHubHTTPError) as error:  # not there, or no network: perhaps it was downloaded before
+    except Exception as error:  # not there, or no network, which has no one class: perhaps downloaded before
         try:
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:

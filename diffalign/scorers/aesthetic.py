@@ -29,6 +29,7 @@ from diffalign.scorers._tower_scorer import TowerScorer
 if TYPE_CHECKING:
     import torch
 
+    from diffalign.scorers._aesthetic_heads import Head
     from diffalign.scorers._base import Images
     from diffalign.scorers._towers import Towers
 
@@ -60,9 +61,7 @@ class Plugin(TowerScorer):
         from diffalign.scorers._aesthetic_heads import open_head
 
         head = open_head(self.head)
-        place = Path(self.path).expanduser()
-        says_its_own = place.is_dir() or (not place.is_file() and "/" in self.path)  # a folder, or a hub id
-        self._arch = self.arch or (None if says_its_own else head.arch)
+        self._arch = self.arch or self._arch_of(head)
         super().load(device)
         width = self.embed_images([Image.new("RGB", (8, 8))]).shape[-1]
         if width != head.width:
@@ -80,6 +79,23 @@ class Plugin(TowerScorer):
         return open_towers(
             self.path, arch=self._arch, revision=self.revision, device=device, dtype=self.dtype
         )
+
+    def _arch_of(self, head: Head) -> str | None:
+        """Returns the architecture of OpenAI's weights for a head; None where they say their own.
+
+        Raises:
+            UserError: the head could stand on several.
+        """
+        place = Path(self.path).expanduser()
+        if place.is_dir() or (not place.is_file() and "/" in self.path):  # a folder, or a hub id
+            return None
+        if head.arch is None:
+            raise UserError(
+                f"scorer aesthetic: {self.head} reads {head.width} features, as several architectures have: "
+                "give arch=, for example arch=ViT-B-32"
+            )
+        # A tag knows its activation, a bare file of OpenAI's weights does not.
+        return f"{head.arch}-quickgelu" if place.is_file() else head.arch
 
     def modules(self) -> list[torch.nn.Module]:
         """Returns CLIP and the head."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from diffalign.common.errors import unknown
+from diffalign.common.errors import UserError, unknown
 from diffalign.scorers._base import Scores
 from diffalign.scorers._tower_scorer import TowerScorer
 
@@ -71,12 +71,15 @@ class Plugin(TowerScorer):
         from diffalign.scorers._weights import weight_file
 
         file = weight_file(self.path, FILES[self._release], self.revision)
+        says = next((release for release, name in FILES.items() if name == file.name), self._release)
+        if says != self._release:
+            raise UserError(f"scorer hpsv2: {file} is version {says}: give version={says}")
         return open_towers(str(file), arch=self.arch, device=device, dtype=self.dtype)
 
     @property
     def preprocess(self) -> Preprocess:
         """The whole picture, on black."""
-        return replace(self.towers.preprocess, resize="longest", resizes="tensor", fill=0)
+        return replace(self.towers.preprocess, resize="letterbox", resizes="tensor", fill=0)
 
     def _score_batch(
         self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,19 +48,40 @@ def read_image_rows(source: str | Path, *, limit: int | None = None) -> tuple[li
         return _picture_files(found)[:limit], found
     if not found.is_file():
         raise UserError(f"images={source} does not exist: give a folder of pictures or an images.jsonl")
+    if found.suffix.lower() in PICTURE_SUFFIXES:
+        raise UserError(f"images={source} is a picture: give its folder, or an images.jsonl")
     rows = files.read_jsonl(found)[:limit]
     if not rows:
         raise UserError(f"{found} holds no picture")
     seen: set[str] = set()
     for index, row in enumerate(rows):
         where = f"{found.name}, row {index}"
-        if not isinstance(row.get("image"), str):
-            raise UserError(f"{where} has no 'image' (it has {', '.join(row) or 'no fields'}): give its path")
+        _check_row(row, where)
         row.setdefault("id", Path(row["image"]).stem)
         if str(row["id"]) in seen:
             raise UserError(f"{where}: a second picture with the id '{row['id']}'; ids must differ")
         seen.add(str(row["id"]))
     return rows, found.parent
+
+
+def _check_row(row: Row, where: str) -> None:
+    """Raises UserError for a row whose fields are of other kinds than all that read them expect."""
+    if "image" not in row:
+        raise UserError(f"{where} has no 'image' (it has {', '.join(row) or 'no fields'}): give its path")
+    kinds: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+        ("image", str, "a path"),
+        ("prompt", str, "a text"),
+        ("context", Mapping, "a mapping"),
+        ("meta", Mapping, "a mapping"),
+        ("scores", Mapping, "a mapping"),
+        ("errors", Mapping, "a mapping"),
+    )
+    for key, kind, wanted in kinds:
+        if row.get(key, None) is not None and not isinstance(row[key], kind):
+            raise UserError(f"{where}: '{key}' is {row[key]!r}, expected {wanted}")
+    group = (row.get("context") or {}).get("group")
+    if not isinstance(group, str | int | float | None):
+        raise UserError(f"{where}: the context's 'group' is {group!r}, expected a text or a number")
 
 
 def read_all_image_rows(sources: str | Sequence[str], *, limit: int | None = None) -> tuple[list[Row], Path]:
@@ -95,7 +117,8 @@ def _picture_files(folder: Path) -> list[Row]:
     """Returns one row for each picture file of a folder, sorted by name: 2.png comes before 10.png."""
     rows = []
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
-    for path in sorted(found, key=lambda path: _natural(path.name)):
+    shown = [path for path in found if not path.name.startswith(".")]  # macOS leaves ._x.png beside x.png
+    for path in sorted(shown, key=lambda path: _natural(path.name)):
         row: Row = {"id": path.name, "image": path.name}
         text = path.with_suffix(".txt")
         if text.is_file():
@@ -116,18 +139,19 @@ def _has(row: Row, need: str) -> bool:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Returns what names sort by when numbers in them count as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def with_prompts(rows: list[Row], source: str) -> list[Row]:
     """Returns the rows with the prompts of a file, or with one text for all.
 
-    A prompt finds its picture by the file's column `image`, `file_name` or `id`, which holds the picture's
-    path, name, name without suffix, or id; without such a column there must be as many prompts as pictures,
-    and they go in order.
+    A prompt finds its picture by the file's column `id`, which holds the picture's id or its name without
+    suffix, or by `image` or `file_name`, which hold its path or name; without such a column there must be as
+    many prompts as pictures, and they go in order.
 
     Raises:
-        UserError: a row has a prompt already, a picture has no prompt or several, or the counts differ.
+        UserError: a row has a prompt already, a picture has no prompt or several, a name fits several
+            pictures, or the counts differ.
     """
     from diffalign.data.prompts import load_prompts, prompt_file
 
@@ -137,27 +161,44 @@ def with_prompts(rows: list[Row], source: str) -> list[Row]:
     prompts = load_prompts(source)
     if prompt_file(source) is None:
         return [{**row, "prompt": prompts[0].text} for row in rows]
-    by_name: dict[str, Prompt] = {}
-    for prompt in prompts:
-        for column in NAME_COLUMNS:
-            name = str(prompt.meta.get(column, ""))
-            if name and by_name.setdefault(name, prompt) is not prompt:
-                raise UserError(f"prompts={source}: '{name}' has two prompts: keep one")
-    if not by_name:
+    column = next((name for name in NAME_COLUMNS if any(name in prompt.meta for prompt in prompts)), None)
+    if column is None:
         if len(prompts) != len(rows):
             raise UserError(
                 f"prompts={source} has {len(prompts)} prompts for {len(rows)} pictures and no column "
                 f"{' or '.join(NAME_COLUMNS)} that says whose each is: add one"
             )
         return [_given(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-    found = []
+    return _by_name(rows, prompts, column, source)
+
+
+def _by_name(rows: list[Row], prompts: list[Prompt], column: str, source: str) -> list[Row]:
+    """Returns the rows, each with the prompt whose `column` names it; see `with_prompts`."""
+    by_name: dict[str, Prompt] = {}
+    for prompt in prompts:
+        value = prompt.meta.get(column)
+        if value in (None, ""):
+            continue
+        if by_name.setdefault(_name(value), prompt) is not prompt:
+            raise UserError(f"prompts={source}: '{value}' has two prompts: keep one")
+    found, used = [], dict[str, str]()
     for row in rows:
         path = Path(row["image"])
-        known = [n for n in (row["image"], path.name, path.stem, str(row["id"])) if n in by_name]
-        if not known:
+        names = (row["id"], path.stem, path.name) if column == "id" else (row["image"], path.name, path.stem)
+        name = next((name for name in map(_name, names) if name in by_name), None)
+        if name is None:
             raise UserError(f"prompts={source} has none for picture '{row['image']}': add it")
-        found.append(_given(row, by_name[known[0]]))
+        if used.setdefault(name, row["image"]) != row["image"]:
+            raise UserError(
+                f"prompts={source}: '{name}' could be '{used[name]}' or '{row['image']}': name them by path"
+            )
+        found.append(_given(row, by_name[name]))
     return found
+
+
+def _name(value: object) -> str:
+    """Returns a name as it is compared: file systems differ in how they write an accent."""
+    return unicodedata.normalize("NFC", str(value))
 
 
 def _given(row: Row, prompt: Prompt) -> Row:

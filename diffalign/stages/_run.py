@@ -90,6 +90,10 @@ def claim_folder(
     folder = Path(out)
     refuse_other_run(folder, stage, same)
     is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as in /proc
+        raise UserError(f"out={out} cannot be made ({error.strerror}): choose another folder") from error
     with files.folder_lock(folder, member=None if share.alone else share.index):
         if share.alone:  # else they may be another process's, which is writing them now
             files.remove_leftovers(folder)

@@ -6,14 +6,15 @@ import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from diffalign.common.config import plain_plugin
 from diffalign.common.errors import UserError
 from diffalign.common.manifest import versions
+from diffalign.common.progress import say
 
 if TYPE_CHECKING:
     from diffalign.scorers import Scorer
@@ -40,7 +41,8 @@ class ScoreCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        path = Path(folder) / FILE
+        self._path = path = Path(folder) / FILE
+        self._broken = False
         self.hits = 0
         self._lock = threading.Lock()
         self._identities: dict[int, str] = {}
@@ -50,6 +52,7 @@ class ScoreCache:
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, entry TEXT NOT NULL)"
             )
+            self._database.execute("SELECT key, entry FROM scores LIMIT 1")  # or it is another program's
             self._database.commit()
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"cache={folder} cannot be used ({error}): give another folder") from error
@@ -66,7 +69,7 @@ class ScoreCache:
             label: self._key(digest, row, scorer) for label, scorer in scorers.items() if _keeps(scorer, row)
         }
         found = {}
-        with self._lock:
+        with self._lock, self._unless_broken():
             for label, key in keys.items():
                 with closing(
                     self._database.execute("SELECT entry FROM scores WHERE key = ?", (key,))
@@ -84,8 +87,18 @@ class ScoreCache:
             for digest, row, entry in entries
             if digest is not None and entry["value"] is not None and _keeps(scorer, row)
         ]
-        with self._lock, self._database:
+        with self._lock, self._unless_broken(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+
+    @contextmanager
+    def _unless_broken(self) -> Iterator[None]:
+        """Goes on without the cache, and says so once, when the file fails: it saves work, it holds none."""
+        try:
+            yield
+        except (sqlite3.Error, ValueError) as error:
+            if not self._broken:
+                say(f"cache: {self._path} fails ({error}): scores are not looked up or kept where it does")
+            self._broken = True
 
     def _key(self, digest: str, row: Row, scorer: Scorer) -> bytes:
         identity = self._identities.get(id(scorer))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.common import files
+from diffalign.common.errors import UserError
 from diffalign.stages._image_rows import Row
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -78,9 +79,11 @@ def ranking_of(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]
 
     The best has rank 1; equal ones share the mean of their places; one without a value has none.
     """
-    groups: dict[str, list[Row]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(row.get("prompt_id", row.get("prompt", ""))), []).append(row)
+        named = (row.get("context") or {}).get("group")
+        key = (row.get("prompt_id"), row.get("prompt")) if named is None else named
+        groups.setdefault(key, []).append(row)
     found: list[dict[str, Any]] = []
     for group in groups.values():
         ranks = {name: _ranks([row["scores"][name] for row in group]) for name in names}
@@ -100,13 +103,31 @@ def ranking_of(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]
 
 
 def _ranks(entries: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    sign = 1.0 if entries[0]["higher_is_better"] else -1.0
-    values = [None if entry["value"] is None else sign * entry["value"] for entry in entries]
-    known = [value for value in values if value is not None]
-    return [
-        None if value is None else 1.0 + sum(other > value for other in known) + (known.count(value) - 1) / 2
-        for value in values
-    ]
+    from scipy.stats import rankdata
+
+    sign = -1.0 if entries[0]["higher_is_better"] else 1.0
+    values = np.array([np.nan if entry["value"] is None else sign * entry["value"] for entry in entries])
+    ranks = rankdata(values, nan_policy="omit")
+    return [None if math.isnan(value) else float(rank) for value, rank in zip(values, ranks, strict=True)]
+
+
+COMMON = ("id", "image", "prompt", "prompt_id", "seed", "model")
+"""Columns of a table beside those of the scorers."""
+
+
+def check_table(names: Sequence[str]) -> None:
+    """Checks that a table can have a column for every label and part.
+
+    Raises:
+        UserError: a label that another column has.
+    """
+    for name in names:
+        rival = next((other for other in (*COMMON, *names) if name.startswith(f"{other}.")), None)
+        if name in COMMON or rival is not None:
+            raise UserError(
+                f"a table cannot have a column for scorer '{name}' beside '{rival or name}': choose another "
+                "label"
+            )
 
 
 def write_table(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -115,23 +136,19 @@ def write_table(path: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
     import pyarrow.csv
     import pyarrow.parquet
 
-    columns: dict[str, list[Any]] = {}
-    for key in ("id", "image", "prompt", "prompt_id", "seed", "model"):
+    columns: dict[str, Any] = {}
+    for key in COMMON:
         if any(key in row for row in rows):
-            columns[key] = [None if row.get(key) is None else str(row[key]) for row in rows]
+            texts = [None if row.get(key) is None else str(row[key]) for row in rows]
+            columns[key] = pa.array(texts, pa.string())
     for name in names:
         entries = [row["scores"][name] for row in rows]
-        columns[name] = [entry["value"] for entry in entries]
+        columns[name] = pa.array([entry["value"] for entry in entries], pa.float64())
         for part in dict.fromkeys(part for entry in entries for part in entry["parts"]):
-            columns[f"{name}.{part}"] = [entry["parts"].get(part) for entry in entries]
-        columns[f"{name}.error"] = [row["errors"].get(name) for row in rows]
-    numbers = {name for name in columns if name.split(".")[0] in names and not name.endswith(".error")}
-    table = pa.table(
-        {
-            name: pa.array(values, pa.float64() if name in numbers else pa.string())
-            for name, values in columns.items()
-        }
-    )
+            values = [entry["parts"].get(part) for entry in entries]
+            columns[f"{name}.{part}"] = pa.array(values, pa.float64())
+        columns[f"{name}.error"] = pa.array([row["errors"].get(name) for row in rows], pa.string())
+    table = pa.table(columns)
     with files.atomic_path(path) as temporary:
         write = pyarrow.csv.write_csv if path.suffix == ".csv" else pyarrow.parquet.write_table
         write(table, str(temporary))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from diffalign.scorers import Scorer
     from diffalign.stages._score_cache import ScoreCache
 
+MAX_ASPECT = 100
+"""Longest longer side of a picture, in shorter ones."""
+
 AHEAD = 2
 """Batches that are decoded while one is scored."""
 
@@ -108,7 +111,8 @@ def groups_of(rows: Sequence[Row]) -> dict[Any, list[Row]]:
     """Returns the rows by what scorers that judge groups go by: the context's `group`, else the prompt."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.get("context") or {}).get("group") or row.get("prompt"), []).append(row)
+        named = (row.get("context") or {}).get("group")
+        groups.setdefault(row.get("prompt", "") if named is None else named, []).append(row)
     return groups
 
 
@@ -122,14 +126,23 @@ def _open(row: Row, folder: Path, scorers: Mapping[str, Scorer], cache: ScoreCac
         if cache is not None:
             opened.known = cache.find(opened.digest, row, scorers)
         if len(opened.known) < len(scorers):
-            opened.picture = image.decode(content)
+            opened.picture = _of_bearable_shape(image.decode(content), image.name)
+            for label, scorer in scorers.items():
+                if label not in opened.known:
+                    scorer.prepare_ahead([opened.picture])
     except BadImage as error:
-        opened.problem = str(error)
-    if opened.picture is not None:
-        for label, scorer in scorers.items():
-            if label not in opened.known:
-                scorer.prepare_ahead([opened.picture])
+        opened.picture, opened.problem = None, str(error)
+    except MemoryError:
+        opened.picture, opened.problem = None, f"picture {image.name}: needs more memory than there is"
     return opened
+
+
+def _of_bearable_shape(picture: Image.Image, name: str) -> Image.Image:
+    """Returns the picture, if its shorter side can be brought to a network's without a mile of the other."""
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        width, height = picture.size
+        raise BadImage(name, "odd_shape", f"is {width}x{height} pixels: too narrow to be scored")
+    return picture
 
 
 def _score_batch(batch: list[Opened], scorers: Mapping[str, Scorer], cache: ScoreCache | None) -> list[Row]:
@@ -158,22 +171,27 @@ def _score_batch(batch: list[Opened], scorers: Mapping[str, Scorer], cache: Scor
             **opened.row,
             "digest": opened.digest,
             "scores": {**(opened.row.get("scores") or {}), **{label: entries[label][k] for label in scorers}},
-            "errors": errors[k],
+            "errors": {**_others(opened.row.get("errors"), scorers), **errors[k]},
         }
         for k, opened in enumerate(batch)
     ]
+
+
+def _others(errors: Mapping[str, str] | None, scorers: Mapping[str, Scorer]) -> dict[str, str]:
+    """Returns what earlier scorers said of the picture, other than those that judged it now."""
+    return {label: error for label, error in (errors or {}).items() if label not in scorers}
 
 
 def _scored(scorer: Scorer, batch: list[Opened]) -> list[tuple[Entry, str | None]]:
     """Returns entry and error of each picture."""
     if not batch:
         return []
-    prompts = [opened.row.get("prompt") for opened in batch]
+    prompts = [opened.row.get("prompt") or "" for opened in batch]
     needed = "context" in scorer.needs
     contexts = [context_of(opened.row, opened.folder, needed=needed) for opened in batch]
     result = scorer.score(
         [opened.picture for opened in batch if opened.picture is not None],  # all have one
-        [str(prompt) for prompt in prompts] if scorer.takes("prompts") else None,
+        prompts if scorer.takes("prompts") else None,
         context=contexts if scorer.takes("context") else None,
     )
     values, parts = result.values.tolist(), {name: part.tolist() for name, part in result.parts.items()}

@@ -45,6 +45,6 @@ def my_share() -> Share:
         UserError: RANK or WORLD_SIZE are no numbers that fit together.
     """
     index, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UserError(f"RANK={index} WORLD_SIZE={count}: give whole numbers, RANK from 0 to WORLD_SIZE - 1")
     return Share(int(index), int(count))

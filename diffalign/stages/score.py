@@ -76,15 +76,21 @@ def score(
     from diffalign.common import manifest
     from diffalign.common.progress import say, silence
     from diffalign.stages import _image_rows, _run, _shares
-    from diffalign.stages._score_parts import finished_rows, refuse_changed
+    from diffalign.stages._score_parts import finished_rows, refuse_changed, remove_parts
+    from diffalign.stages._score_report import check_table
 
     recipe = resolved_recipe(score, locals())
     for name, value in (("batch_size", batch_size), ("workers", workers)):
         if value < 1:
             raise UserError(f"{name}={value}: give a number of at least 1")
+    if table is not None:
+        check_table(list(scorers) if isinstance(scorers, Mapping) else [str(name) for name in scorers])
     rows, source = _image_rows.read_all_image_rows(images, limit=limit)
-    if prompts is not None:
-        rows = _image_rows.with_prompts(rows, prompts)
+    _refuse_source(out, images)
+    if prompts is not None:  # those of all pictures, whatever the limit
+        everything, _ = _image_rows.read_all_image_rows(images)
+        kept = {row["id"] for row in rows}
+        rows = [row for row in _image_rows.with_prompts(everything, prompts) if row["id"] in kept]
     chosen = make_many("scorers", scorers)
     _image_rows.check_needs(rows, chosen)
     others = None if compare is None else _other_shots(compare, list(chosen))
@@ -101,9 +107,11 @@ def score(
         scored = finished_rows(folder)
         if scored is not None:
             refuse_changed(out, scored, folder)
+            remove_parts(folder)  # a kill may have come just before
+            scored = scored if share.index == 0 else None
         else:
-            with _opened_cache(cache) as kept:
-                _score_share(rows, source, ready, folder, share, recipe, kept)
+            with _opened_cache(cache) as known:
+                _score_share(rows, source, ready, folder, share, recipe, known)
             scored = _finish(folder, rows, recipe, ready)
         if scored is None:
             say(f"score: share {share.index + 1} of {share.count} is done; the last one to finish joins them")
@@ -112,6 +120,14 @@ def score(
             if others is not None:
                 _compare(folder, scored, str(compare), others)
     return folder / "scores.jsonl"
+
+
+def _refuse_source(out: str, images: str | list[str]) -> None:
+    """Raises UserError when `out` is a folder of pictures: its rows would be taken for the pictures later."""
+    for source in [images] if isinstance(images, str) else images:
+        place = Path(source)
+        if (place if place.is_dir() else place.parent).resolve() == Path(out).resolve():
+            raise UserError(f"out={out} is the folder of the pictures: choose another folder")
 
 
 def _opened_cache(folder: str | None) -> Any:
@@ -138,12 +154,13 @@ def _score_share(
 
     part = _score_parts.own_part(folder, share)
     done = _score_parts.rows_so_far(folder)
-    _score_parts.refuse_changed(str(folder), list(done.values()), folder)
     together = any(scorer.relative for scorer in ready.values())
     # Of a group that a kill has torn, every picture is scored again: values hold within the whole group only.
     own = share.of(list(groups_of(rows).values()) if together else [[row] for row in rows])
     left = [group for group in own if any(str(row["id"]) not in done for row in group)]
     missing, count = [row for group in left for row in group], sum(map(len, own))
+    mine = [done[str(row["id"])] for group in own for row in group if str(row["id"]) in done]
+    _score_parts.refuse_changed(str(folder), mine, folder)
     options = {"batch_size": recipe["batch_size"], "workers": recipe["workers"], "cache": cache}
     with Progress("score", count, "pictures", initial=count - len(missing)) as progress:
         for batch in score_batches(missing, source, ready, **options):
@@ -170,12 +187,14 @@ def _finish(
         failed = {name: [str(row["id"]) for row in scored if name in row["errors"]] for name in ready}
         images = recipe["images"]
         sources = {"images": images} if isinstance(images, str) else dict(enumerate(images))
+        prompts = {} if recipe["prompts"] is None else {"prompts": recipe["prompts"]}
         files.write_json(folder / SUMMARY, summary_of(scored, list(ready)))
         manifest.write_manifest(
             folder,
             stage="score",
             recipe=recipe,
-            inputs={name if name == "images" else f"images {name}": path for name, path in sources.items()},
+            inputs={name if name == "images" else f"images {name}": path for name, path in sources.items()}
+            | prompts,
             counts={"pictures": len(scored), **{f"{name} NaN": len(ids) for name, ids in failed.items()}},
             dropped={f"{name} NaN": ids for name, ids in failed.items() if ids},
             extra={"scorers": {name: {"scale": s.scale, "version": s.version} for name, s in ready.items()}},

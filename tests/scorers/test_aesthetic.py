@@ -9,7 +9,8 @@ import torch
 
 from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer, score_all
-from diffalign.scorers._aesthetic_heads import AFFINE, RELU, fused, layers_of
+from diffalign.scorers._aesthetic_heads import AFFINE, RELU, fused, layers_of, open_head
+from diffalign.scorers.aesthetic import Plugin as Aesthetic
 from tests.scorers.test_clip import PROMPTS, pictures
 from tests.tiny_clip import EMBED, write_open_clip
 
@@ -73,6 +74,24 @@ def test_linear_layers_fuse_to_one():
     x = torch.nn.functional.normalize(torch.randn(50, EMBED, generator=torch.Generator().manual_seed(1)))
     torch.testing.assert_close(fused(layers)(x), layers(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(fused(layers_of(head_of(()), "head")).weight, layers_of(head_of(()), "head")[0].weight)
+
+
+def test_a_bare_file_of_openais_weights_gets_quick_gelu(tmp_path):
+    head = open_head(write_head(tmp_path / "head.pth", width=768))
+    (tmp_path / "l14.pt").write_bytes(b"")
+    for path, arch in ((str(tmp_path / "l14.pt"), "ViT-L-14-quickgelu"), ("openai", "ViT-L-14")):
+        assert Aesthetic(path=path)._arch_of(head) == arch
+    for path in (str(tmp_path), "org/weights"):  # say their own
+        assert Aesthetic(path=path)._arch_of(head) is None
+    with pytest.raises(UserError, match="reads 512 features, as several architectures have: give arch="):
+        load_scorer("aesthetic", path="openai", head=write_head(tmp_path / "b.pth", width=512))
+
+
+def test_autocast_around_a_score_changes_nothing(tmp_path, clip):
+    scorer = load_scorer("clip", path=clip)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = scorer(pictures(), PROMPTS)
+    assert torch.equal(scorer(pictures(), PROMPTS), inside)
 
 
 def test_one_pass_runs_the_shared_network_once(tmp_path, clip):

@@ -6,12 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessorPil
 
 from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer
@@ -29,6 +31,7 @@ PROMPTS = [
     "a red circle",
 ]
 SIZES = [(40, 64), (64, 64), (90, 50), (1, 1), (33, 32), (20, 200)]
+EVEN = [(40, 60), (64, 64), (96, 48), (1, 1), (34, 32), (20, 200)]
 
 
 def pictures() -> list[Image.Image]:
@@ -37,6 +40,11 @@ def pictures() -> list[Image.Image]:
     return [
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in SIZES
     ]
+
+
+def even_pictures() -> list[Image.Image]:
+    """The same, but of sizes where the layouts' own preparations crop alike: see `Preprocess.crop`."""
+    return [image.resize(size) for image, size in zip(pictures(), EVEN, strict=True)]
 
 
 def contract_case(folder: Path):
@@ -61,7 +69,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_both_layouts_give_one_score(folders, kind, scale):
     ours = load_scorer("clip", path=str(folders[kind]), scale=scale)
     theirs = load_scorer("clip", path=str(folders[f"{kind}_hf"]), scale=scale)
-    images = pictures()
+    images = even_pictures()
     torch.testing.assert_close(ours(images, PROMPTS), theirs(images, PROMPTS), rtol=0, atol=1e-4)
     torch.testing.assert_close(ours.embed_images(images), theirs.embed_images(images), rtol=0, atol=1e-4)
 
@@ -70,7 +78,9 @@ def test_both_layouts_agree_with_clips_own_vocabulary(tmp_path):
     folder = write_open_clip(tmp_path / "open_clip", own_tokenizer=False)
     ours = load_scorer("clip", path=str(folder))
     theirs = load_scorer("clip", path=str(write_transformers(folder, tmp_path / "transformers")))
-    torch.testing.assert_close(ours(pictures(), PROMPTS), theirs(pictures(), PROMPTS), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours(even_pictures(), PROMPTS), theirs(even_pictures(), PROMPTS), rtol=0, atol=1e-4
+    )
 
 
 def test_open_clip_and_transformers_cut_texts_alike():
@@ -235,6 +245,21 @@ def test_a_hub_id_that_is_none_says_so():
         load_scorer("clip", path="no/such-model")
 
 
+@pytest.mark.parametrize("error", [OSError("no route"), ValueError("of a client's own class")])
+def test_without_network_a_downloaded_copy_is_used(monkeypatch, tmp_path, error):
+    """Clients of HTTP have errors of their own, which no list of classes would name."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    with pytest.raises(UserError, match="the hub does not give them"):
+        load_scorer("clip", path="no/such-model")
+    copy = write_open_clip(tmp_path / "copy")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(copy))
+    assert load_scorer("clip", path="org/model").version.startswith("org/model@hub:")
+
+
 def test_bad_options_are_refused():
     with pytest.raises(UserError, match="did you mean 'clipscore'"):
         load_scorer("clip", path="x", scale="clip_score")
@@ -250,6 +275,17 @@ def test_preprocessing_is_open_clips_own(resize, size):
     ours = Preprocess(size=(32, 32), resize=resize, fill=128)
     image = pictures()[0].resize(size)
     torch.testing.assert_close(ours([image])[0], theirs(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(40, 64), (64, 64), (91, 50), (227, 224), (33, 32), (20, 200), (35, 32)])
+def test_preprocessing_is_transformers_own(folders, size):
+    """Its processor on PIL, which the published scores of that layout were made with."""
+    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    theirs = CLIPImageProcessorPil(**settings, image_mean=[0.5, 0.4, 0.3], image_std=[0.3, 0.2, 0.1])
+    ours = load_scorer("clip", path=str(folders["plain_hf"])).towers.preprocess
+    image = pictures()[0].resize(size)
+    expected = theirs(image, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(ours([image])[0], expected, rtol=0, atol=1e-5)
 
 
 def test_a_tensor_is_preprocessed_like_its_picture():

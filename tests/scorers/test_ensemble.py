@@ -113,8 +113,18 @@ def test_a_vote_is_among_the_pictures_of_a_prompt(path, members):
     assert votes[[0, 2, 4]].sum() == pytest.approx(1.0) and votes[[1, 3]].sum() == pytest.approx(1.0)
 
 
+def test_members_that_read_no_prompt_vote_within_a_prompt_too():
+    prompts = ["red", "blue", "red", "blue", "red", "alone"]
+    scorer = load_scorer("ensemble", scorers={"jpeg": {}}, how="rank")
+    sizes = load_scorer("jpeg")(pictures())
+    values = scorer.score(pictures(), prompts).values
+    for places in ([0, 2, 4], [1, 3]):
+        torch.testing.assert_close(values[places], shares_beaten(sizes[places]))
+    assert values[5].isnan()
+
+
 def test_groups_may_be_named(path):
-    context = [{"group": "x"}, {"group": "y"}, {"group": "x"}, {"group": "y"}]
+    context = [{"group": 0}, {"group": "y"}, {"group": 0}, {"group": "y"}]
     scorer = of(path, how="votes")
     values = scorer.score(pictures()[:4], ["red"] * 4, context=context).values
     assert values[[0, 2]].sum() == pytest.approx(1.0) and values[[1, 3]].sum() == pytest.approx(1.0)

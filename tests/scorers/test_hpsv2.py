@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer
-from diffalign.scorers._pixels import OPENAI_MEAN, OPENAI_STD
+from diffalign.scorers._pixels import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tests.scorers.test_clip import PROMPTS, pictures
 from tests.tiny_arch import known_arch, write_state_dict
 
@@ -49,6 +49,16 @@ def letterboxed(image: Image.Image) -> torch.Tensor:
     return ((padded - mean) / std)[0]
 
 
+@pytest.mark.parametrize(
+    ("size", "new"), [((768, 420), (224, 123)), ((420, 768), (123, 224)), ((384, 210), (224, 123))]
+)
+def test_sizes_are_rounded_as_by_the_authors(size, new):
+    """round(420 * (224 / 768)) is 123, round(420 / (768 / 224)) is 122."""
+    box = Preprocess(size=(224, 224), mean=(0, 0, 0), std=(1, 1, 1), resize="letterbox", resizes="tensor")
+    white = box([Image.new("RGB", size, "white")])[0, 0] > 0.5
+    assert (int(white.any(0).sum()), int(white.any(1).sum())) == new
+
+
 @pytest.mark.parametrize("size", [(64, 64), (90, 50), (20, 200), (33, 32), (31, 7), (32, 12)])
 def test_the_whole_picture_is_seen_on_black(folder, size):
     scorer = load_scorer("hpsv2", path=folder, arch=known_arch())
@@ -77,9 +87,10 @@ def test_versions_are_different_weights_and_say_so(folder):
     assert old.version.startswith("2.0/") and new.version.startswith("2.1/") and old.version != new.version
     assert load_scorer("hpsv2", path=folder, arch=known_arch()).version == new.version
     file = str(Path(folder) / "HPS_v2_compressed.pt")
-    assert torch.equal(
-        load_scorer("hpsv2", path=file, arch=known_arch())(pictures(), PROMPTS), old(pictures(), PROMPTS)
-    )
+    again = load_scorer("hpsv2", path=file, arch=known_arch(), version="2.0")
+    assert torch.equal(again(pictures(), PROMPTS), old(pictures(), PROMPTS))
+    with pytest.raises(UserError, match=r"is version 2\.0: give version=2\.0"):
+        load_scorer("hpsv2", path=file, arch=known_arch())
 
 
 def test_what_cannot_be_is_refused(folder, tmp_path):

@@ -187,9 +187,13 @@ def test_another_run_in_the_folder_is_refused(pictures, tmp_path):
     run(pictures, tmp_path / "out")
     with pytest.raises(UserError, match="another recipe"):
         run(pictures, tmp_path / "out", scorers={"scene": {"scale": "accurate"}})
-    (pictures / "manifest.json").write_text('{"stage": "generate"}')
+    (tmp_path / "drawings").mkdir()
+    (tmp_path / "drawings" / "manifest.json").write_text('{"stage": "generate"}')
     with pytest.raises(UserError, match="holds the output of 'generate'"):
-        run(pictures, pictures)
+        run(pictures, tmp_path / "drawings")
+    for source in (pictures, pictures / "images.jsonl"):
+        with pytest.raises(UserError, match="drawn is the folder of the pictures"):
+            run(source, pictures)
 
 
 def test_another_picture_under_the_same_name_is_not_given_the_old_score(pictures, tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import sqlite3
 import struct
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,33 @@ def test_prompts_of_a_file_go_by_name_where_it_says_one(tmp_path):
         prompts_of(folder, str(tmp_path / "prompts.csv"))
 
 
+def test_an_id_is_matched_before_a_file_name(tmp_path):
+    folder = folder_of(tmp_path, ["1.png", "2.png"])
+    write_jsonl(folder / "images.jsonl", [{"id": "1", "image": "2.png"}, {"id": "2", "image": "1.png"}])
+    (tmp_path / "prompts.csv").write_text("id,prompt\n1,of id one\n2,of id two\n")
+    assert prompts_of(folder, str(tmp_path / "prompts.csv")) == {"2.png": "of id one", "1.png": "of id two"}
+
+
+def test_a_name_of_several_pictures_is_refused_and_accents_are_compared(tmp_path):
+    rows = [{"id": f"{name}/1", "image": f"{name}/1.png"} for name in "ab"]
+    (tmp_path / "one.csv").write_text("image,prompt\n1.png,x\n")
+    with pytest.raises(UserError, match=r"'1\.png' could be 'a/1\.png' or 'b/1\.png'"):
+        with_prompts(rows, str(tmp_path / "one.csv"))
+    (tmp_path / "paths.csv").write_text("image,prompt\na/1.png,x\nb/1.png,y\n")
+    assert [row["prompt"] for row in with_prompts(rows, str(tmp_path / "paths.csv"))] == ["x", "y"]
+    (tmp_path / "accent.csv").write_text("image,prompt\ncaf\u00e9.png,x\n", encoding="utf-8")
+    decomposed = [{"id": "1", "image": "cafe\u0301.png"}]
+    assert with_prompts(decomposed, str(tmp_path / "accent.csv"))[0]["prompt"] == "x"
+
+
+def test_a_limit_leaves_the_prompts_where_they_belong(pictures, tmp_path, clip):
+    folder = folder_of(tmp_path, ["1.png", "2.png", "3.png"])
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    rows = run(folder, tmp_path / "out", clip, prompts=str(tmp_path / "prompts.txt"), limit=2)
+    assert [row["prompt"] for row in rows] == ["one", "two"]
+    assert "prompts" in read_manifest(tmp_path / "out")["inputs"]
+
+
 def test_what_a_file_says_beside_a_prompt_is_the_context(tmp_path, clip):
     """GenEval's own file of prompts is all that its scorer needs beside boxes."""
     folder = folder_of(tmp_path, ["0.png", "1.png"])
@@ -158,6 +187,21 @@ def test_what_has_no_score_is_not_kept(pictures, tmp_path, clip, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache=.*file cannot be used"):
         run(pictures, tmp_path / "c", clip, cache=str(tmp_path / "file"))
+
+
+def test_a_cache_that_fails_costs_only_itself(pictures, tmp_path, clip, capsys):
+    options = {"scorers": {"jpeg": {}}, "cache": str(tmp_path / "cache")}
+    expected = run(pictures, tmp_path / "a", clip, **options)
+    with closing(sqlite3.connect(tmp_path / "cache" / "scores.sqlite")) as database, database:
+        database.execute("UPDATE scores SET entry = 'torn'")
+    capsys.readouterr()
+    assert values_of(run(pictures, tmp_path / "b", clip, **options), "jpeg") == values_of(expected, "jpeg")
+    assert capsys.readouterr().err.count("scores are not looked up or kept where it does") == 1
+    with closing(sqlite3.connect(tmp_path / "cache" / "scores.sqlite")) as database, database:
+        database.execute("DROP TABLE scores")
+        database.execute("CREATE TABLE scores (name TEXT)")
+    with pytest.raises(UserError, match=r"cannot be used .*no such column"):
+        run(pictures, tmp_path / "c", clip, **options)
 
 
 def test_pictures_of_a_prompt_stay_together_for_those_that_vote(pictures, tmp_path, clip):
@@ -329,6 +373,70 @@ def test_a_flat_table(pictures, tmp_path, clip, kind):
     expected = [math.nan if value is None else value for value in values_of(rows, "both")]
     assert numbers == pytest.approx(expected, nan_ok=True) and math.isnan(numbers[4])
     assert "empty file" in table[4]["both.error"] and table[4]["seed"] == "1"
+
+
+def test_labels_that_a_table_cannot_tell_apart_are_refused(pictures, tmp_path, clip):
+    for scorers, message in (
+        ({"seed": {"name": "jpeg"}}, "for scorer 'seed'"),
+        ({"a": {"name": "jpeg"}, "a.b": {"name": "jpeg"}}, "for scorer 'a.b' beside 'a'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(pictures, tmp_path / "out", clip, scorers=scorers, table="csv")
+    run(pictures, tmp_path / "out", clip, scorers={"a.b": {"name": "jpeg"}}, table="csv")
+    assert "a.b" in (tmp_path / "out" / "scores.csv").read_text().splitlines()[0]
+
+
+def test_prompts_of_one_id_are_ranked_apart(pictures, tmp_path, clip):
+    rows = read_jsonl(pictures / "images.jsonl")
+    write_jsonl(pictures / "images.jsonl", [{**row, "prompt_id": "p0"} for row in rows])
+    run(pictures, tmp_path / "out", clip, scorers={"jpeg": {}}, group=True)
+    ranking = read_jsonl(tmp_path / "out" / "ranking.jsonl")
+    assert [len(each["pictures"]) for each in ranking] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"context": "foo"}, "'context' is 'foo', expected a mapping"),
+        ({"context": {"group": ["x"]}}, "the context's 'group' is"),
+        ({"scores": [1]}, "'scores' is"),
+        ({"image": 5}, "'image' is 5, expected a path"),
+        ({"prompt": 5}, "'prompt' is 5, expected a text"),
+    ],
+)
+def test_fields_of_another_kind_are_named(pictures, tmp_path, clip, field, message):
+    rows = read_jsonl(pictures / "images.jsonl")
+    write_jsonl(pictures / "images.jsonl", [rows[0], {**rows[1], **field}])
+    with pytest.raises(UserError, match=r"images\.jsonl, row 1: " + message):
+        run(pictures, tmp_path / "out", clip, scorers={"jpeg": {}})
+
+
+def test_odd_names_and_places(pictures, tmp_path, clip):
+    folder = folder_of(tmp_path, ["10\u00b25.png", "._10.png", "2.png"])
+    rows = run(folder, tmp_path / "out", clip, scorers={"jpeg": {}})
+    assert [row["id"] for row in rows] == ["2.png", "10\u00b25.png"]
+    with pytest.raises(UserError, match=r"2\.png is a picture: give its folder"):
+        run(folder / "2.png", tmp_path / "no", clip)
+    with pytest.raises(UserError, match="cannot be made"):
+        run(folder, Path("/proc/no-such-folder"), clip, scorers={"jpeg": {}})
+    with pytest.raises(UserError, match="list names one twice: jpeg, jpeg"):
+        run(folder, tmp_path / "no", clip, scorers=["jpeg", "jpeg"])
+
+
+def test_earlier_errors_of_other_scorers_stay(pictures, tmp_path, clip):
+    rows = read_jsonl(pictures / "images.jsonl")
+    write_jsonl(pictures / "images.jsonl", [{**row, "prompt": "no scene"} for row in rows])
+    run(pictures, tmp_path / "a", clip, scorers={"scene": {}})
+    again = run(tmp_path / "a", tmp_path / "b", clip, scorers={"jpeg": {}})
+    assert "not a scene caption" in again[0]["errors"]["scene"] and "jpeg" in again[0]["scores"]
+
+
+def test_a_picture_a_mile_long_is_nan(tmp_path, clip):
+    folder = folder_of(tmp_path, ["good.png"])
+    Image.new("L", (1, 60_000)).save(folder / "long.png")
+    rows = run(folder, tmp_path / "out", clip, prompts="a red circle")
+    assert "is 1x60000 pixels: too narrow to be scored" in rows[1]["errors"]["clip"]
+    assert rows[0]["scores"]["clip"]["value"] is not None
 
 
 def png_of(width: int, height: int) -> bytes:
