@@ -139,8 +139,12 @@ def refuse_unfinished(folder: Path) -> None:
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Returns the first key whose values differ, with both values, in words."""
     for key in [*now, *before]:
-        if before.get(key) != now.get(key):
-            return f"{key} was {_brief(before.get(key))}, now {_brief(now.get(key))}"
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            return f"{key}.{_difference(old, new)}"
+        return f"{key} was {_brief(old)}, now {_brief(new)}"
     return "nothing differs"
 
 
