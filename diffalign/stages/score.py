@@ -101,7 +101,7 @@ def score(
     same = {
         "scorers": recipe["scorers"],
         "versions": {label: [scorer.scale, scorer.version] for label, scorer in ready.items()},
-        "pictures and prompts": manifest.recipe_identity({"rows": rows}),
+        "pictures and prompts": {"sha256": manifest.recipe_identity({"rows": rows})},
     }
     with _run.claim_folder(out, stage="score", recipe=recipe, same=same, share=share) as folder:
         scored = finished_rows(folder)

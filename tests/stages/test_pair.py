@@ -183,7 +183,7 @@ def test_the_same_again_is_fine_and_another_recipe_is_refused(tmp_path: Path) ->
     ):
         run(tmp_path, "how=all_pairs")
     write(tmp_path / "scored", ROWS[::-1])
-    with pytest.raises(UserError, match=r"another recipe \(images was"):
+    with pytest.raises(UserError, match=r"another recipe \(images changed\)"):
         run(tmp_path)
     assert (tmp_path / "pairs" / "preferences.jsonl").read_bytes() == before
 

@@ -187,7 +187,7 @@ def test_another_run_in_the_folder_is_refused(pictures, tmp_path):
     run(pictures, tmp_path / "out")
     with pytest.raises(UserError, match=r"another recipe \(scorers\.scene\.scale was share, now accurate\)"):
         run(pictures, tmp_path / "out", scorers={"scene": {"scale": "accurate"}})
-    with pytest.raises(UserError, match=r"another recipe \(pictures and prompts was"):
+    with pytest.raises(UserError, match=r"another recipe \(pictures and prompts changed\)"):
         run(pictures, tmp_path / "out", limit=2)
     (tmp_path / "drawings").mkdir()
     (tmp_path / "drawings" / "manifest.json").write_text('{"stage": "generate"}')
