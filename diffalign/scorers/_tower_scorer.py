@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from diffalign.common.errors import UserError, unknown
 from diffalign.common.plugins import plugin_name
@@ -37,6 +37,9 @@ class TowerScorer(Scorer):
         batch_size: pictures at a time.
     """
 
+    scales: ClassVar[tuple[str, ...]] = ()
+    """What `scale` may be, where there is a choice."""
+
     path: str
     arch: str | None = None
     revision: str | None = None
@@ -46,7 +49,11 @@ class TowerScorer(Scorer):
 
     def __post_init__(self) -> None:
         name = plugin_name(self)
-        for what, value, known in (("mode", self.mode, MODES), ("dtype", self.dtype, DTYPES)):
+        for what, value, known in (
+            ("mode", self.mode, MODES),
+            ("dtype", self.dtype, DTYPES),
+            ("scale", self.scale, self.scales or (self.scale,)),
+        ):
             if value not in known:
                 raise unknown(f"{what} of scorer {name}", value, known)
         if not self.path:

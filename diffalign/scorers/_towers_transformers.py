@@ -72,17 +72,7 @@ def transformers_folder(folder: Path, identity: str) -> Towers:
     """
     import transformers
 
-    kind = model_type(folder)
-    if kind == "siglip2":  # the fixed-resolution checkpoints of SigLIP 2 call themselves siglip
-        raise UserError(
-            f"{folder} holds a NaFlex model (Siglip2Model), which is not supported: give a SigLIP 2 of fixed "
-            "resolution, for example google/siglip2-so400m-patch14-384"
-        )
-    if kind not in FAMILIES:
-        raise UserError(
-            f"{folder}/config.json describes model_type {kind!r}, not {' or '.join(map(repr, FAMILIES))}: "
-            f"give a folder of {' or '.join(family.model for family in FAMILIES.values())}"
-        )
+    kind = _family_name(folder)
     family = FAMILIES[kind]
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
@@ -124,6 +114,22 @@ def transformers_folder(folder: Path, identity: str) -> Towers:
         scale=model.logit_scale.detach().exp().item(),
         bias=0.0 if bias is None else bias.detach().item(),
     )
+
+
+def _family_name(folder: Path) -> str:
+    """Returns which of `FAMILIES` a folder's model is of."""
+    kind = model_type(folder)
+    if kind == "siglip2":  # the fixed-resolution checkpoints of SigLIP 2 call themselves siglip
+        raise UserError(
+            f"{folder} holds a NaFlex model (Siglip2Model), which is not supported: give a SigLIP 2 of fixed "
+            "resolution, for example google/siglip2-so400m-patch14-384"
+        )
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{folder}/config.json describes model_type {kind!r}, not {' or '.join(map(repr, FAMILIES))}: "
+            f"give a folder of {' or '.join(family.model for family in FAMILIES.values())}"
+        )
+    return kind
 
 
 def model_type(folder: Path) -> str | None:

@@ -17,14 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffalign.common.errors import unknown
 from diffalign.scorers._base import Scores
 from diffalign.scorers._tower_scorer import TowerScorer
 
 if TYPE_CHECKING:
     from diffalign.scorers._base import Images
-
-SCALES = ("cosine", "logits", "clipscore")
 
 
 @dataclass(kw_only=True)
@@ -37,14 +34,10 @@ class Plugin(TowerScorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prompts"})
+    scales: ClassVar[tuple[str, ...]] = ("cosine", "logits", "clipscore")
 
     scale: str = "cosine"
     prefix: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale not in SCALES:
-            raise unknown("scale of scorer clip", self.scale, SCALES)
 
     def _score_batch(
         self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None

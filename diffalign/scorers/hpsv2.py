@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from diffalign.scorers._pixels import Preprocess
     from diffalign.scorers._towers import Towers
 
-SCALES = ("cosine", "percent")
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 """Version -> its file in the repository."""
 
@@ -46,6 +45,7 @@ class Plugin(TowerScorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prompts"})
+    scales: ClassVar[tuple[str, ...]] = ("cosine", "percent")
 
     path: str = "xswu/HPSv2"
     arch: str | None = "ViT-H-14"
@@ -56,8 +56,6 @@ class Plugin(TowerScorer):
         super().__post_init__()
         if self.version not in FILES:
             raise unknown("version of scorer hpsv2", self.version, FILES)
-        if self.scale not in SCALES:
-            raise unknown("scale of scorer hpsv2", self.scale, SCALES)
         self._release = self.version  # `version` names the weights too once they are loaded
 
     def load(self, device: str = "cpu") -> Self:

@@ -18,14 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffalign.common.errors import unknown
 from diffalign.scorers._base import Scores
 from diffalign.scorers._tower_scorer import TowerScorer
 
 if TYPE_CHECKING:
     from diffalign.scorers._base import Images
 
-SCALES = ("logits", "cosine", "unit")
 UNIT = 26.0
 
 
@@ -38,14 +36,10 @@ class Plugin(TowerScorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prompts"})
+    scales: ClassVar[tuple[str, ...]] = ("logits", "cosine", "unit")
 
     path: str = "yuvalkirstain/PickScore_v1"
     scale: str = "logits"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale not in SCALES:
-            raise unknown("scale of scorer pickscore", self.scale, SCALES)
 
     def _score_batch(
         self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None

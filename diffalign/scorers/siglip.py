@@ -21,15 +21,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.scorers._base import Scores
 from diffalign.scorers._tower_scorer import TowerScorer
 
 if TYPE_CHECKING:
     from diffalign.scorers._base import Images
     from diffalign.scorers._towers import Towers
-
-SCALES = ("cosine", "logits", "probability")
 
 
 @dataclass(kw_only=True)
@@ -43,14 +41,10 @@ class Plugin(TowerScorer):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prompts"})
+    scales: ClassVar[tuple[str, ...]] = ("cosine", "logits", "probability")
 
     path: str = "google/siglip-so400m-patch14-384"
     scale: str = "cosine"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale not in SCALES:
-            raise unknown("scale of scorer siglip", self.scale, SCALES)
 
     def _open(self, device: str) -> Towers:
         towers = super()._open(device)

@@ -74,25 +74,13 @@ def score(
             something else.
     """
     from diffalign.common import manifest
-    from diffalign.common.progress import say, silence
-    from diffalign.stages import _image_rows, _run, _shares
-    from diffalign.stages._score_parts import finished_rows, refuse_changed, remove_parts
-    from diffalign.stages._score_report import check_table
+    from diffalign.common.progress import silence
+    from diffalign.stages import _run, _shares
 
     recipe = resolved_recipe(score, locals())
-    for name, value in (("batch_size", batch_size), ("workers", workers)):
-        if value < 1:
-            raise UserError(f"{name}={value}: give a number of at least 1")
-    if table is not None:
-        check_table(list(scorers) if isinstance(scorers, Mapping) else [str(name) for name in scorers])
-    rows, source = _image_rows.read_all_image_rows(images, limit=limit)
-    _refuse_source(out, images)
-    if prompts is not None:  # those of all pictures, whatever the limit
-        everything, _ = _image_rows.read_all_image_rows(images)
-        kept = {row["id"] for row in rows}
-        rows = [row for row in _image_rows.with_prompts(everything, prompts) if row["id"] in kept]
     chosen = make_many("scorers", scorers)
-    _image_rows.check_needs(rows, chosen)
+    _refuse_bad_arguments(recipe)
+    rows, source = _pictures(images, prompts, limit, chosen)
     others = None if compare is None else _other_shots(compare, list(chosen))
     share = _shares.my_share()
     if share.index > 0:
@@ -104,22 +92,65 @@ def score(
         "pictures and prompts": {"sha256": manifest.recipe_identity({"rows": rows})},
     }
     with _run.claim_folder(out, stage="score", recipe=recipe, same=same, share=share) as folder:
-        scored = finished_rows(folder)
+        scored = _scored(rows, source, ready, folder, share, recipe)
         if scored is not None:
-            refuse_changed(out, scored, folder)
-            remove_parts(folder)  # a kill may have come just before
-            scored = scored if share.index == 0 else None
-        else:
-            with _opened_cache(cache) as known:
-                _score_share(rows, source, ready, folder, share, recipe, known)
-            scored = _finish(folder, rows, recipe, ready)
-        if scored is None:
-            say(f"score: share {share.index + 1} of {share.count} is done; the last one to finish joins them")
-        else:
             _report(folder, scored, list(ready), group=group, table=table)
-            if others is not None:
-                _compare(folder, scored, str(compare), others)
+        if scored is not None and others is not None:
+            _compare(folder, scored, str(compare), others)
     return folder / "scores.jsonl"
+
+
+def _refuse_bad_arguments(recipe: Mapping[str, Any]) -> None:
+    """Raises UserError for what can be known before a picture is looked for."""
+    from diffalign.stages._score_report import check_table
+
+    for name in ("batch_size", "workers"):
+        if recipe[name] < 1:
+            raise UserError(f"{name}={recipe[name]}: give a number of at least 1")
+    if recipe["table"] is not None:
+        check_table(list(recipe["scorers"]))
+    _refuse_source(recipe["out"], recipe["images"])
+
+
+def _pictures(
+    images: str | list[str], prompts: str | None, limit: int | None, scorers: Mapping[str, Scorer]
+) -> tuple[list[Row], Path]:
+    """Returns the rows with their prompts, and the folder that their paths start from."""
+    from diffalign.stages._image_rows import check_needs, read_all_image_rows, with_prompts
+
+    rows, source = read_all_image_rows(images, limit=limit)
+    if prompts is not None:  # those of all pictures, whatever the limit
+        kept = {row["id"] for row in rows}
+        everything, _ = read_all_image_rows(images)
+        rows = [row for row in with_prompts(everything, prompts) if row["id"] in kept]
+    check_needs(rows, scorers)
+    return rows, source
+
+
+def _scored(
+    rows: Sequence[Row],
+    source: Path,
+    ready: Mapping[str, Scorer],
+    folder: Path,
+    share: Share,
+    recipe: dict[str, Any],
+) -> list[Row] | None:
+    """Scores this process's share; returns all rows in the process that is to report, else None."""
+    from diffalign.common.progress import say
+    from diffalign.stages._score_cache import ScoreCache
+    from diffalign.stages._score_parts import finished_rows, refuse_changed, remove_parts
+
+    scored = finished_rows(folder)
+    if scored is not None:
+        refuse_changed(str(folder), scored, folder)
+        remove_parts(folder)  # a kill may have come just before
+        return scored if share.index == 0 else None
+    with nullcontext() if recipe["cache"] is None else ScoreCache(recipe["cache"]) as known:
+        _score_share(rows, source, ready, folder, share, recipe, known)
+    scored = _finish(folder, rows, recipe, ready)
+    if scored is None:
+        say(f"score: share {share.index + 1} of {share.count} is done; the last one to finish joins them")
+    return scored
 
 
 def _refuse_source(out: str, images: str | list[str]) -> None:
@@ -128,12 +159,6 @@ def _refuse_source(out: str, images: str | list[str]) -> None:
         place = Path(source)
         if (place if place.is_dir() else place.parent).resolve() == Path(out).resolve():
             raise UserError(f"out={out} is the folder of the pictures: choose another folder")
-
-
-def _opened_cache(folder: str | None) -> Any:
-    from diffalign.stages._score_cache import ScoreCache
-
-    return nullcontext() if folder is None else ScoreCache(folder)
 
 
 def _score_share(
