@@ -6,6 +6,7 @@ Pictures are read, decoded and prepared by threads while the scorers work on the
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_ASPECT = 100
 """Longest longer side of a picture, in shorter ones."""
+
+MOST_WORKERS = 16
 
 AHEAD = 2
 """Batches that are decoded while one is scored."""
@@ -60,7 +63,7 @@ def score_batches(
     scorers: Mapping[str, Scorer],
     *,
     batch_size: int,
-    workers: int = 2,
+    workers: int | None = None,
     cache: ScoreCache | None = None,
 ) -> Iterator[list[Row]]:
     """Yields the rows, batch by batch, with `scores`, `errors` and the picture's `digest` added.
@@ -74,7 +77,7 @@ def score_batches(
         folder: that the rows' paths start from.
         scorers: label -> loaded scorer.
         batch_size: pictures decoded and scored at a time.
-        workers: threads that decode.
+        workers: threads that decode and prepare; None: one for each core, at most MOST_WORKERS.
         cache: of earlier scores.
     """
     relative = any(scorer.relative for scorer in scorers.values())
@@ -83,7 +86,8 @@ def score_batches(
     with ExitStack() as stack:
         for memo in (memo for scorer in scorers.values() for memo in scorer.memos()):
             stack.enter_context(memo.one_pass())
-        pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="decode"))
+        threads = workers or min(os.cpu_count() or 1, MOST_WORKERS)
+        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="decode"))
         try:
             while waiting or coming:
                 while waiting and len(coming) <= AHEAD:

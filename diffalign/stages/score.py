@@ -48,7 +48,7 @@ def score(
     table: Literal["csv", "parquet"] | None = None,
     cache: str | None = None,
     batch_size: int = 16,
-    workers: int = 2,
+    workers: int | None = None,
     device: str = "auto",
 ) -> Path:
     """Returns the path of the written scores.jsonl, after printing each scorer's numbers.
@@ -66,7 +66,7 @@ def score(
         table: write scores.csv or scores.parquet, too, a flat column for each scorer and part.
         cache: a folder that keeps scores by picture, prompt and scorer, and gives known ones again.
         batch_size: pictures decoded and scored at a time.
-        workers: threads that read and decode.
+        workers: threads that read, decode and prepare; null: one for each core, at most 16.
         device: auto | cpu | cuda | cuda:1 ...
 
     Raises:
@@ -105,7 +105,7 @@ def _refuse_bad_arguments(recipe: Mapping[str, Any]) -> None:
     from diffalign.stages._score_report import check_table
 
     for name in ("batch_size", "workers"):
-        if recipe[name] < 1:
+        if recipe[name] is not None and recipe[name] < 1:
             raise UserError(f"{name}={recipe[name]}: give a number of at least 1")
     if recipe["table"] is not None:
         check_table(list(recipe["scorers"]))
