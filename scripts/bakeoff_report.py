@@ -30,6 +30,11 @@ def chosen_setting(rows: list[dict[str, Any]], method: str, *, own: bool) -> int
     return int(max(tuned, key=merit)["setting"])
 
 
+def hours_of(rows: list[dict[str, Any]]) -> float:
+    """Hours of one core that some cells took."""
+    return sum(float(row.get("cell_core_seconds") or row["seconds"]) for row in rows) / 3600
+
+
 def as_markdown(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, ...]) -> str:
     """Both tables, the settings tried, and the bars."""
     lines = reporting.head(
@@ -37,12 +42,14 @@ def as_markdown(rows: list[dict[str, Any]], methods: list[str], own: tuple[str, 
         "python scripts/bakeoff.py --out runs/bakeoff --phase tune; ... --phase test",
     )
     # The first tuning rows know only the seconds that training took on a clock.
-    hours = sum(row.get("cell_core_seconds") or row["seconds"] for row in rows) / 3600
+    hours = hours_of(rows)
+    beside = hours_of([row for row in rows if row["phase"] in ("asked", "confirm")])
     early = sum("cell_core_seconds" not in row for row in rows)
     cells = sum(row["phase"] != "prepare" for row in rows)
     lines += [
         f"{cells} cells, {hours:.1f} hours of one core, drawing and comparing included (of the first {early} "
-        "cells only the time on a clock that training took). Rewards of training: the exact grader; of "
+        f"cells only the time on a clock that training took), {beside:.1f} of them for what was asked "
+        "afterwards. Rewards of training: the exact grader; of "
         "dragon_exemplar and dragon_set: features of tiny-clip against exact drawings. An evaluation of the "
         "network is one image through it once; a backward pass counts as two.",
         "",
