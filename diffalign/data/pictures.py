@@ -77,6 +77,9 @@ class ImageRef:
             raise BadImage(
                 self.name, "missing_image", f"cannot be read ({error.strerror or error})"
             ) from error
+        except ValueError as error:  # a NUL, or characters that no file name can have
+            name = self.name.encode("utf-8", "backslashreplace").decode()
+            raise BadImage(name, "missing_image", f"cannot be read ({error})") from error
         if not content:
             raise BadImage(self.name, "missing_image", "is an empty file")
         return content

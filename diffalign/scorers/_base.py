@@ -9,12 +9,12 @@ Nothing heavy is imported with this module: constructing a plug-in to check its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, unknown
 from diffalign.common.plugins import plugin_name
 
 if TYPE_CHECKING:
@@ -116,6 +116,19 @@ class Scorer:
     def takes(self, what: str) -> bool:
         """Returns whether "prompts" or "context" can change a value, needed or not."""
         return what in self.needs or what in self.may_use or self.relative  # which groups by either
+
+    def _check_options(self, **choices: Collection[str]) -> None:
+        """Checks that each named option is one of its choices, and that `batch_size` is above 0.
+
+        Raises:
+            UserError: one is not; says which.
+        """
+        name = plugin_name(self)
+        for option, known in choices.items():
+            if getattr(self, option) not in known:
+                raise unknown(f"{option} of scorer {name}", getattr(self, option), known)
+        if self.batch_size < 1:
+            raise UserError(f"scorer {name}: batch_size is {self.batch_size}: use 1 or more")
 
     def load(self, device: str = "cpu") -> Self:
         """Returns this scorer, ready to score on `device`; a scorer with weights reads them here."""

@@ -19,6 +19,7 @@ import torch
 
 from diffalign.common import files
 from diffalign.common.errors import UserError, brief
+from diffalign.scorers._weights import content_of, hub_folder, hub_identity, settings_in
 
 CONFIG = "med_config.json"
 """The text encoder's description beside the published weights."""
@@ -50,6 +51,9 @@ VISION_NAMES = (
     ("post_layernorm", "norm"),
 )
 """transformers' names of the parts of the picture's encoder, and the checkpoint's."""
+
+WORDS = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+"""Files of a repository that make a tokenizer of BERT."""
 
 EXTRA_TOKENS = ("[DEC]", "[ENC]")
 """What BLIP adds to BERT's vocabulary (models/BLIP/blip.py, init_tokenizer); neither is used in scoring."""
@@ -262,8 +266,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_tokenizer(place: str, vocabulary: int) -> Any:
-    """Returns BERT's tokenizer with BLIP's two tokens added at the end of its vocabulary.
+def open_tokenizer(place: str, vocabulary: int) -> tuple[Any, str]:
+    """Returns BERT's tokenizer with BLIP's two tokens added at the end, and what identifies its vocabulary.
 
     Args:
         place: a folder with vocab.txt or tokenizer.json, or a hub id.
@@ -278,7 +282,12 @@ def open_tokenizer(place: str, vocabulary: int) -> Any:
     if folder.is_dir() and not any((folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise UserError(f"tokenizer {folder} has no vocab.txt and no tokenizer.json: put one there")
     try:
-        tokenizer = BertTokenizer.from_pretrained(str(folder) if folder.is_dir() else place)
+        if folder.is_dir():
+            identity = content_of(*settings_in(folder))
+        else:
+            folder = hub_folder(place, None, lambda listing: [name for name in listing if name in WORDS])
+            identity = hub_identity(folder)
+        tokenizer = BertTokenizer.from_pretrained(str(folder))
     except Exception as error:  # a torn file, no network: libraries agree on no type
         raise UserError(
             f"tokenizer '{place}' does not load: {brief(error)}: give tokenizer=, a folder with vocab.txt"
@@ -289,4 +298,4 @@ def open_tokenizer(place: str, vocabulary: int) -> Any:
             f"tokenizer '{place}' has {len(tokenizer)} tokens with {' and '.join(EXTRA_TOKENS)}, but the "
             f"weights know {vocabulary}: give tokenizer=, the vocabulary that they were trained with"
         )
-    return tokenizer
+    return tokenizer, identity

@@ -23,7 +23,7 @@ from diffalign.data.pictures import BadImage, ImageRef
 from diffalign.scorers._pixels import Mode, Preprocess
 from diffalign.scorers._towers import DTYPES, Towers, hub_files
 from diffalign.scorers._towers_transformers import image_settings, load_model, model_type, preprocess_from
-from diffalign.scorers._weights import content_of, hub_folder
+from diffalign.scorers._weights import local_or_hub
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -74,21 +74,14 @@ def dino_tower(path: str, *, revision: str | None, device: str, dtype: str) -> T
     Raises:
         UserError: nothing there, another kind of model, missing weights, or no preprocessor_config.json.
     """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        towers = _from_folder(place)
-    elif path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        folder = hub_folder(path, revision, hub_files)
-        towers = _from_folder(folder)
-        towers.name, towers.identity = path, f"hub:{folder.name[:12]}"
-    else:
-        raise UserError(f"dino weights '{path}' do not exist: give a folder or a hub id (org/name)")
+    folder, name, identity = local_or_hub(path, revision, hub_files, "dino weights")
+    towers = _from_folder(folder, name, identity)
     towers.module.requires_grad_(False).eval().to(device, DTYPES[dtype])
     towers.device, towers.dtype = device, DTYPES[dtype]
     return towers
 
 
-def _from_folder(folder: Path) -> Towers:
+def _from_folder(folder: Path, name: str, identity: str) -> Towers:
     """Returns the tower of a folder, on the CPU in float32."""
     import transformers
 
@@ -105,8 +98,7 @@ def _from_folder(folder: Path) -> Towers:
         raise UserError(
             f"{folder} does not say how pictures are prepared: copy preprocessor_config.json there"
         )
-    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not weights:
+    if not any(any(folder.glob(kind)) for kind in ("model*.safetensors", "pytorch_model*.bin")):
         raise UserError(f"{folder} has config.json but no weights: put model.safetensors there")
     model = load_model(getattr(transformers, family.model), folder, kind, **dict(family.building))
     default = Preprocess(
@@ -130,8 +122,8 @@ def _from_folder(folder: Path) -> Towers:
         preprocess=preprocess_from(settings, default),
         encode_images=encode_images,
         encode_texts=encode_texts,
-        name=folder.name,
-        identity=content_of(folder / "config.json", *weights),
+        name=name,
+        identity=identity,
         scale=1.0,
         bias=0.0,
     )

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ POSITION_THRESHOLD = 0.1
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+KEYS = {"include": ("class", "count", "color", "position"), "exclude": ("class", "count")}
+"""What a clause may say."""
 KINDS = ("object", "count", "color", "position")
 
 Box = tuple[float, float, float, float, float]
@@ -83,7 +86,7 @@ def judge(
     a position where it says so. An `exclude` of a class that no `include` names is a count of its own.
 
     Args:
-        metadata: GenEval's description of a prompt, checked by `check_metadata`.
+        metadata: GenEval's description of a prompt, as `checked` returns it.
         objects: class -> what was kept of it (`most_confident`).
         color_of: colours of some objects of a class; asked only where there are enough of them.
     """
@@ -185,62 +188,93 @@ def given_objects(context: Mapping[str, Any]) -> Objects:
     """Returns the `detections` of a context with its `colors`, as objects; all of them, in order.
 
     Raises:
-        UserError: something else than five finite numbers for a box, or a colour that is no text.
+        UserError: something else than five finite numbers for a box, or than a text for a colour, or more
+            colours than boxes.
     """
     detections, colors = context["detections"], context.get("colors", {})
     if not isinstance(detections, Mapping) or not isinstance(colors, Mapping):
         raise UserError("detections (and colors) must be mappings of class names to lists")
     objects: Objects = {}
-    for name, boxes in detections.items():
+    for name, boxes in _without_none(detections).items():
         try:
-            found = by_confidence([_as_box(box) for box in boxes])
-            known = list(colors.get(name, ()))
-        except (TypeError, ValueError) as error:
+            objects[str(name)] = by_confidence([_as_box(box) for box in boxes])
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"detections of '{name}' are no list of boxes [left, top, right, bottom, confidence]"
             ) from error
-        if not all(isinstance(color, str) for color in known):
-            raise UserError(f"colors of '{name}' are no list of texts")
-        known += [None] * (len(found) - len(known))
-        objects[str(name)] = [each._replace(color=color) for each, color in zip(found, known, strict=False)]
+    for name, listed in _without_none(colors).items():
+        found = objects.get(str(name), [])
+        known = list(listed) if isinstance(listed, Iterable) and not isinstance(listed, str) else None
+        if known is None or not all(isinstance(color, str) for color in known):
+            raise UserError(f"colors of '{name}' are no list of texts: give one for each box")
+        if len(known) > len(found):
+            raise UserError(f"colors of '{name}' name {len(known)}, but it has {len(found)} boxes")
+        for place, color in enumerate(known):
+            found[place] = found[place]._replace(color=color)
     return objects
 
 
 def _as_box(box: Any) -> Detected:
-    """Returns a box of a context as an object; ValueError or TypeError where it is none."""
+    """Returns a box of a context as an object; ValueError, TypeError or OverflowError where it is none."""
+    if isinstance(box, str | bytes):
+        raise TypeError("a text")
     left, top, right, bottom, confidence = (float(number) for number in box)
     if not all(math.isfinite(number) for number in (left, top, right, bottom, confidence)):
         raise ValueError("not finite")
     return Detected((left, top, right, bottom, confidence))
 
 
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Checks GenEval's description of a prompt.
+def _without_none(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a mapping without what is None: tables write so what a row does not have."""
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def checked(context: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a context without what is None, its description of the prompt being one that the rule reads.
 
     Raises:
-        UserError: no clause at all, or one that the rule cannot read; says which.
+        UserError: no clause at all, one that the rule cannot read, or a tag that is none of GenEval's; says
+            which.
     """
-    include, exclude = metadata.get("include", []), metadata.get("exclude", [])
-    if not include and not exclude:
-        raise UserError("no clause to judge by: the context needs include: [{class, count}]")
-    for kind, clauses in (("include", include), ("exclude", exclude)):
+    known = _without_none(context)
+    tag = known.get("tag") or None
+    if tag is not None and tag not in TAGS:
+        raise unknown("tag", tag, TAGS)
+    for kind in KEYS:
+        clauses = known.get(kind, [])
         if not isinstance(clauses, Sequence) or not all(isinstance(each, Mapping) for each in clauses):
             raise UserError(f"{kind} must be a list of clauses {{class, count}}")
-        for index, clause in enumerate(clauses):
-            where = f"clause {index} of {kind}"
-            count = clause.get("count")
-            if not isinstance(clause.get("class"), str):
-                raise UserError(f"{where} has no class: name an object")
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise UserError(f"{where} has count {count!r}: use a whole number of 1 or more")
-            if kind == "include":
-                _check_details(clause, index, where)
+        known[kind] = [_without_none(clause) for clause in clauses]
+        for index, clause in enumerate(known[kind]):
+            _check_clause(clause, kind, index)
+    if not known["include"] and not known["exclude"]:
+        raise UserError("no clause to judge by: the context needs include: [{class, count}]")
+    return known
+
+
+def _check_clause(clause: Mapping[str, Any], kind: str, index: int) -> None:
+    """Checks one clause."""
+    where = f"clause {index} of {kind}"
+    for key in clause:
+        if key not in KEYS[kind]:
+            raise unknown(f"key of {where}", key, KEYS[kind])
+    count = clause.get("count")
+    if not isinstance(clause.get("class"), str):
+        raise UserError(f"{where} has no class: name an object")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"{where} has count {count!r}: use a whole number of 1 or more")
+    if kind == "include":
+        if count > MOST_BOXES:
+            raise UserError(
+                f"{where} has count {count}, but {MOST_BOXES} boxes of a class are kept at most: use no more"
+            )
+        _check_details(clause, index, where)
 
 
 def _check_details(clause: Mapping[str, Any], index: int, where: str) -> None:
     """Checks colour and position of an `include` clause."""
-    if "color" in clause and not isinstance(clause["color"], str):
-        raise UserError(f"{where} has color {clause['color']!r}: name one")
+    if "color" in clause and clause["color"] not in COLORS:
+        raise unknown(f"color of {where}", clause["color"], COLORS)
     if "position" not in clause:
         return
     position = clause["position"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.scorers._base import Scorer, check_images
 
@@ -48,18 +48,11 @@ class TowerScorer(Scorer):
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        name = plugin_name(self)
-        for what, value, known in (
-            ("mode", self.mode, MODES),
-            ("dtype", self.dtype, DTYPES),
-            ("scale", self.scale, self.scales or (self.scale,)),
-        ):
-            if value not in known:
-                raise unknown(f"{what} of scorer {name}", value, known)
+        self._check_options(mode=MODES, dtype=DTYPES, scale=self.scales or (self.scale,))
         if not self.path:
-            raise UserError(f"scorer {name}: path is empty: give a folder, a weight file or a hub id")
-        if self.batch_size < 1:
-            raise UserError(f"scorer {name}: batch_size is {self.batch_size}: use 1 or more")
+            raise UserError(
+                f"scorer {plugin_name(self)}: path is empty: give a folder, a weight file or a hub id"
+            )
         self._towers: Towers | None = None
 
     @property

@@ -35,7 +35,15 @@ from diffalign.common import files
 from diffalign.common.errors import UserError, brief, unknown
 from diffalign.scorers._memo import PictureMemo, TextMemo
 from diffalign.scorers._pixels import OPENAI_MEAN, OPENAI_STD, Mode, Preprocess
-from diffalign.scorers._weights import content_of, hub_folder, not_tensors
+from diffalign.scorers._weights import (
+    SETTINGS,
+    content_of,
+    hub_folder,
+    hub_identity,
+    is_hub_id,
+    not_tensors,
+    settings_in,
+)
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_*"
@@ -161,9 +169,9 @@ def _open(path: str, arch: str | None, revision: str | None) -> Towers:
         return _from_file(place, arch)
     if arch is not None and path in _tags(arch):
         return _from_tag(path, arch)
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and place.suffix != ".safetensors":
+    if is_hub_id(path) and place.suffix != ".safetensors":
         folder = hub_folder(path, revision, hub_files)
-        towers = _from_folder(folder, arch, identity=f"hub:{folder.name[:12]}")
+        towers = _from_folder(folder, arch, identity=hub_identity(folder))
         towers.name = path
         return towers
     tags = ""
@@ -187,9 +195,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
             raise UserError(
                 f"arch={arch} with {folder}: its {OPEN_CLIP_CONFIG} already says it, leave arch out"
             )
-        return _open_clip_folder(
-            folder, identity or content_of(folder / OPEN_CLIP_CONFIG, open_clip_weights[0])
-        )
+        return _open_clip_folder(folder, identity or content_of(*settings_in(folder), open_clip_weights[0]))
     if has_config:
         from diffalign.scorers._towers_transformers import transformers_folder
 
@@ -198,7 +204,7 @@ def _from_folder(folder: Path, arch: str | None, identity: str) -> Towers:
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         if not weights:
             raise UserError(f"{folder} has config.json but no weights: put model.safetensors there")
-        return transformers_folder(folder, identity or content_of(folder / "config.json", *weights))
+        return transformers_folder(folder, identity or content_of(*settings_in(folder), *weights))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} holds no CLIP or SigLIP model (found: {found}): it needs {OPEN_CLIP_CONFIG} with "
@@ -341,9 +347,7 @@ def hub_files(listing: list[str]) -> list[str]:
         for suffix in ("safetensors", "bin"):
             weights = [name for name in listing if re.fullmatch(rf"{kind}\.{suffix}", name)]
             if weights:
-                small = [
-                    name for name in listing if "/" not in name and name.endswith((".json", ".txt", ".model"))
-                ]
+                small = [name for name in listing if "/" not in name and name.endswith(SETTINGS)]
                 return [*small, *weights]
     return ["*.json", "*.txt"]
 

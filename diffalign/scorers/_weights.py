@@ -17,11 +17,54 @@ import torch
 from diffalign.common import files
 from diffalign.common.errors import UserError, brief
 
+SETTINGS = (".json", ".txt", ".model")
+"""Endings of the small files beside weights: settings of the network and of pictures, and vocabularies."""
+
 
 def content_of(*paths: Path) -> str:
     """Returns a short name of the content of some files (12 hex digits)."""
     identities = [files.file_identity(path) for path in paths]
     return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def settings_in(folder: Path) -> list[Path]:
+    """Returns the small files of a folder that decide values beside its weights, in the order of names."""
+    return sorted(path for path in folder.iterdir() if path.suffix in SETTINGS and path.is_file())
+
+
+def is_hub_id(path: str) -> bool:
+    """Returns whether a path that does not exist here can name a repository of the hub (org/name)."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def local_or_hub(
+    path: str, revision: str | None, wanted: Callable[[list[str]], list[str]], what: str = "weights"
+) -> tuple[Path, str, str]:
+    """Returns the folder of a model of transformers, its name, and what identifies its content.
+
+    Args:
+        path: a folder, whose weights (safetensors, else pytorch_model*.bin) and small files are its content,
+            or a hub id, whose commit is.
+        revision: of a hub id.
+        wanted: which files of a repository's listing to download.
+        what: the name of `path` in messages.
+
+    Raises:
+        UserError: it is neither, or the hub does not give it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+        return folder, folder.name, content_of(*settings_in(folder), *weights)
+    if not is_hub_id(path):
+        raise UserError(f"{what} '{path}' do not exist: give a folder or a hub id (org/name)")
+    folder = hub_folder(path, revision, wanted)
+    return folder, path, hub_identity(folder)
+
+
+def hub_identity(snapshot: Path) -> str:
+    """Returns what identifies the content of a local snapshot: its folder has the name of the commit."""
+    return f"hub:{snapshot.name[:12]}"
 
 
 def hub_folder(repo: str, revision: str | None, wanted: Callable[[list[str]], list[str]]) -> Path:
@@ -60,7 +103,7 @@ def weight_file(path: str, file: str, revision: str | None = None) -> Path:
         if not (place / file).is_file():
             raise UserError(f"{place} has no {file}: give the weight file itself, or its folder")
         return place / file
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise UserError(f"weights '{path}' do not exist: give a file, a folder, or a hub id (org/name)")
     return hub_folder(path, revision, lambda listing: [name for name in listing if name == file]) / file
 

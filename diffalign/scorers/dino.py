@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from diffalign.common.errors import UserError, brief, unknown
+from diffalign.common.errors import UserError, brief
 from diffalign.scorers._base import Scores
 from diffalign.scorers._tower_scorer import TowerScorer
 
@@ -39,8 +39,9 @@ PREPARATIONS = ("folder", "authors")
 class Plugin(TowerScorer):
     """DINO similarity of pictures to their references.
 
-    `context` carries, per picture, `reference`: a path (a relative one counts from the current folder), a PIL
-    picture, or a list of these. A reference that does not open makes the value NaN, and `errors` names it.
+    `context` carries, per picture, `reference`: a path (a relative one counts from the current folder, `~` is
+    the home folder), a PIL picture, or a list of these. A reference that does not open makes the value NaN,
+    and `errors` names it.
 
     Args:
         path: a folder or hub id in transformers' layout, of type dinov2, dinov2_with_registers, vit (DINO v1)
@@ -60,12 +61,7 @@ class Plugin(TowerScorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for what, value, known in (
-            ("over", self.over, OVER),
-            ("preparation", self.preparation, PREPARATIONS),
-        ):
-            if value not in known:
-                raise unknown(f"{what} of scorer dino", value, known)
+        self._check_options(over=OVER, preparation=PREPARATIONS)
         if self.arch is not None:
             raise UserError(f"scorer dino: arch={self.arch}: config.json already says it, leave arch out")
         self._files: FileMemo | None = None
@@ -157,7 +153,12 @@ def _references(item: Mapping[str, Any]) -> list[Any]:
             except Exception as error:  # PIL reports broken files through many classes
                 name = getattr(each, "filename", "") or "picture"
                 raise UserError(f"reference {name} cannot be decoded ({brief(error)})") from error
-    return [each if isinstance(each, Image.Image) else os.path.abspath(os.fspath(each)) for each in listed]
+    return [each if isinstance(each, Image.Image) else _absolute(each) for each in listed]
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """Returns a path from the root on; `~` is the home folder."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _name(reference: Any) -> str | int:

@@ -64,8 +64,7 @@ class Plugin(Scorer):
     statistics: str | None = None
 
     def __post_init__(self) -> None:
-        if self.how not in (*SUMS, *VOTES):
-            raise unknown("how of scorer ensemble", self.how, (*SUMS, *VOTES))
+        self._check_options(how=(*SUMS, *VOTES))
         self._members: dict[str, Scorer] = make_many("scorers", self.scorers)
         if not self._members:
             raise UserError("scorer ensemble has no members: give scorers: {clip: {...}, aesthetic: {}}")

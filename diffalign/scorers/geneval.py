@@ -23,10 +23,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from diffalign.common.errors import UserError, brief, nearest, unknown
+from diffalign.common.errors import UserError
 from diffalign.scorers._base import Scorer, Scores
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from diffalign.scorers._base import Images
     from diffalign.scorers._geneval import Detected, Objects, Verdict
+    from diffalign.scorers._geneval_detector import Detector
     from diffalign.scorers._towers import Towers
 
 SCALES = ("correct", "share")
@@ -44,22 +44,6 @@ TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {
 
 GREY = (153, 153, 153)
 
-LONGEST_PER_SHORTEST = 1333 / 800
-"""How much longer than `shortest` the longer side may get, as in mmdet's settings of the detector."""
-
-SYNONYMS = {
-    "computer mouse": "mouse",
-    "tv remote": "remote",
-    "computer keyboard": "keyboard",
-    "motorcycle": "motorbike",
-    "airplane": "aeroplane",
-    "couch": "sofa",
-    "potted plant": "pottedplant",
-    "dining table": "diningtable",
-    "tv": "tvmonitor",
-}
-"""GenEval's name of a class -> what detectors may call it instead (COCO's names, and older ones)."""
-
 
 @dataclass(kw_only=True)
 class Plugin(Scorer):
@@ -68,11 +52,14 @@ class Plugin(Scorer):
     `context` is per picture GenEval's description of the prompt (a row of evaluation_metadata.jsonl):
         include: [{class, count, color?, position?: [relation, index of an earlier clause]}]
         exclude: [{class, count}], as many are too many
-        tag: "counting" asks for confidence 0.9 instead of 0.3; may be left out
+        tag: one of GenEval's six; "counting" asks for confidence 0.9 instead of 0.3; may be left out
     and may bring what was found in the picture already, which then counts instead of the detector:
         detections: {class: [[left, top, right, bottom, confidence], ...]} in pixels; a class that is not
             there was not found
         colors: {class: [colour, ...]}, of each box in the order of confidence; else `color_model` tells them
+
+    What is None counts as left out, since tables write it so. A key of a clause, a colour or a tag that is
+    none of GenEval's is a mistake: the picture is NaN and says so.
 
     Without a detector or a colour model, pictures whose context does not bring theirs are NaN and say so.
 
@@ -106,10 +93,7 @@ class Plugin(Scorer):
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise unknown("scale of scorer geneval", self.scale, SCALES)
-        if self.batch_size < 1:
-            raise UserError(f"scorer geneval: batch_size is {self.batch_size}: use 1 or more")
+        self._check_options(scale=SCALES)
         if self.shortest is not None and self.shortest < 32:
             raise UserError(f"scorer geneval: shortest is {self.shortest}: use 32 or more (GenEval's is 800)")
         for option, other in (
@@ -126,6 +110,8 @@ class Plugin(Scorer):
         """Returns this scorer with the networks that its options name on `device`."""
         names = ["rule-1"]
         if self.detector is not None:
+            from diffalign.scorers._geneval_detector import open_detector
+
             self._detector = open_detector(self.detector, self.revision, self.shortest, device)
             names.append(self._detector.version)
         if self.color_model is not None:
@@ -145,28 +131,32 @@ class Plugin(Scorer):
         """Returns GenEval's verdict on one picture (PIL, or a tensor [3, H, W]), with its reasons.
 
         Raises:
-            UserError: the picture cannot be judged: a clause that cannot be read, or no objects or colours.
+            UserError: the picture cannot be judged: a clause that cannot be read, or no objects or colours;
+                or this scorer is not loaded.
         """
         import torch
 
-        from diffalign.scorers._geneval import COLORS, check_metadata, judge, most_confident
+        from diffalign.scorers._geneval import checked, judge, most_confident
         from diffalign.scorers._pixels import as_pictures
 
-        check_metadata(context)
+        self._check_loaded()
+        context = checked(context)
         (picture,) = as_pictures(image[None] if isinstance(image, torch.Tensor) else [image])
-        colors = [clause["color"] for clause in context.get("include", ()) if "color" in clause]
-        if colors and not ("detections" in context and "colors" in context):
-            if self._towers is None:
-                raise UserError(
-                    "a clause asks for a color: give the scorer color_model=openai, or the context "
-                    "detections with their colors"
-                )
-            for color in colors:
-                if color not in COLORS:
-                    raise unknown("color", color, COLORS)
+        asks = any("color" in clause for clause in context.get("include", ()))
+        if asks and self._towers is None and not ("detections" in context and "colors" in context):
+            raise UserError(
+                "a clause asks for a color: give the scorer color_model=openai, or the context "
+                "detections with their colors"
+            )
         objects = self._objects(picture, context)
         kept = {name: most_confident(found, context.get("tag")) for name, found in objects.items()}
         return judge(context, kept, lambda name, found: self._colors(picture, name, found))
+
+    def _check_loaded(self) -> None:
+        """Checks that the networks that the options name are there."""
+        for option, loaded in (("detector", self._detector), ("color_model", self._towers)):
+            if getattr(self, option) and loaded is None:
+                raise UserError(f"scorer geneval has no {option} yet: call .load() first")
 
     def _objects(self, picture: Image.Image, context: Mapping[str, Any]) -> Objects:
         """Returns class -> all that was found of it in a picture."""
@@ -202,6 +192,7 @@ class Plugin(Scorer):
         from diffalign.scorers._geneval import KINDS
 
         assert context is not None
+        self._check_loaded()
         rows: list[dict[str, float]] = []
         errors: list[str | None] = []
         for image, wanted in zip(images, context, strict=True):
@@ -219,151 +210,6 @@ class Plugin(Scorer):
         columns = {name: torch.tensor([row.get(name, math.nan) for row in rows]) for name in names}
         values = columns.pop("")
         return Scores(values, parts=columns, errors=errors)
-
-
-@dataclass
-class Detector:
-    """A Mask2Former for instances, frozen, in evaluation mode.
-
-    Attributes:
-        module: the model.
-        processor: its image processor of transformers.
-        names: the classes, by label.
-        version: which weights, and at what size.
-        size: what the processor is told of the size; empty: its own settings.
-    """
-
-    module: Any
-    processor: Any
-    names: list[str]
-    version: str
-    size: dict[str, Any]
-
-    def __call__(self, picture: Image.Image, wanted: list[str]) -> Objects:
-        """Returns what is found of some classes in an RGB picture; one at a time, so that nothing is padded.
-
-        Raises:
-            UserError: the detector does not know a class.
-        """
-        import torch
-
-        labels = {name: self._label(name) for name in wanted}
-        inputs = self.processor(images=[picture], return_tensors="pt", **self.size)
-        with torch.no_grad():
-            output = self.module(**{key: tensor.to(self.module.device) for key, tensor in inputs.items()})
-        seen = (
-            inputs["pixel_mask"][0]
-            if "pixel_mask" in inputs
-            else torch.ones(inputs["pixel_values"].shape[2:])
-        )
-        found = instances(
-            output.class_queries_logits[0].float(),
-            output.masks_queries_logits[0].float(),
-            set(labels.values()),
-            seen,
-            (picture.height, picture.width),
-        )
-        return {name: found.get(label, []) for name, label in labels.items()}
-
-    def _label(self, name: str) -> int:
-        """Returns the label of a class."""
-        for spelling in (name, SYNONYMS.get(name)):
-            if spelling in self.names:
-                return self.names.index(spelling)
-        match = nearest(name, self.names)
-        hint = f"did you mean '{match}'? " if match else ""
-        raise UserError(
-            f"the detector knows no '{name}': {hint}its {len(self.names)} classes are in its config"
-        )
-
-
-def open_detector(path: str, revision: str | None, shortest: int | None, device: str) -> Detector:
-    """Returns the detector of a folder or hub id, on `device`.
-
-    Raises:
-        UserError: no such folder or repository, or something else than a whole Mask2Former in it.
-    """
-    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
-
-    from diffalign.scorers._towers import hub_files
-    from diffalign.scorers._towers_transformers import load_model, model_type
-    from diffalign.scorers._weights import content_of, hub_folder
-
-    folder = Path(path).expanduser()
-    local = folder.is_dir()
-    if not local:
-        if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise UserError(f"detector '{path}' does not exist: give a folder, or a hub id (org/name)")
-        folder = hub_folder(path, revision, hub_files)
-    kind = model_type(folder) if (folder / "config.json").is_file() else None
-    if kind != "mask2former":
-        raise UserError(
-            f"detector {path} is no Mask2Former of transformers (model_type {kind!r}): give one, for example "
-            "facebook/mask2former-swin-small-coco-instance"
-        )
-    model = load_model(Mask2FormerForUniversalSegmentation, folder, kind)
-    model.requires_grad_(False).eval().to(device)
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder)
-    except Exception as error:  # no file, or one of another kind: transformers agrees on no type
-        raise UserError(f"detector {path} has no image processor that loads: {brief(error)}") from error
-    longest = round((shortest or 0) * LONGEST_PER_SHORTEST)
-    size = {"size": {"shortest_edge": shortest, "longest_edge": longest}} if shortest else {}
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    identity = content_of(folder / "config.json", *sorted(weights)) if local else f"hub:{folder.name[:12]}"
-    name = f"{folder.name if local else path}@{identity}" + (f"@{shortest}px" if shortest else "")
-    labels = model.config.id2label
-    return Detector(model, processor, [labels[label] for label in sorted(labels)], name, size)
-
-
-def instances(
-    class_logits: torch.Tensor,
-    mask_logits: torch.Tensor,
-    labels: set[int],
-    seen: torch.Tensor,
-    size: tuple[int, int],
-) -> dict[int, list[Detected]]:
-    """Returns the instances of some labels that Mask2Former's queries found, by label.
-
-    Of all pairs of query and class the best by class probability, as many as there are queries, are
-    instances, so that one query may give several. The mask is where its logit at the picture's size is above
-    0, the confidence is the class probability times the mean mask probability inside the mask, the box ends
-    behind its last pixel. Source: mmdet 2, models/seg_heads/panoptic_fusion_heads/maskformer_fusion_head.py
-    (instance_postprocess) and core/mask (mask2bbox); transformers computes the same at 384 x 384 pixels.
-
-    Args:
-        class_logits: [Q, classes + 1], the last for "nothing".
-        mask_logits: [Q, h, w].
-        labels: which classes; those of confidence below GenEval's threshold are left out.
-        seen: [H, W] at the size that the network saw, 1 where the picture is, 0 where it was padded.
-        size: height and width of the picture.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    from diffalign.scorers._geneval import THRESHOLD, Detected
-
-    probabilities = class_logits.softmax(dim=-1)[:, :-1]
-    best = probabilities.flatten().topk(len(class_logits)).indices.tolist()
-    found: dict[int, list[Detected]] = {}
-    for query, label in (divmod(place, probabilities.shape[1]) for place in best):
-        probability = probabilities[query, label].item()
-        if label not in labels or probability <= THRESHOLD:  # the confidence is at most this
-            continue
-        height, width = int(seen.any(dim=1).sum()), int(seen.any(dim=0).sum())
-        logit = F.interpolate(mask_logits[query][None, None], tuple(seen.shape), mode="bilinear")
-        logit = F.interpolate(logit[..., :height, :width], size, mode="bilinear")[0, 0]
-        mask = logit > 0
-        if not mask.any():
-            continue
-        rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
-        edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        left, top, right, bottom = (float(edge) for edge in edges)
-        confidence = probability * torch.sigmoid(logit[mask]).mean().item()
-        found.setdefault(label, []).append(
-            Detected((left, top, right, bottom, confidence), mask.cpu().numpy())
-        )
-    return found
 
 
 def tell_colors(towers: Towers, picture: Image.Image, name: str, found: Sequence[Detected]) -> list[str]:
@@ -391,10 +237,24 @@ def tell_colors(towers: Towers, picture: Image.Image, name: str, found: Sequence
 
 
 def crop(picture: Image.Image, found: Detected) -> Image.Image:
-    """Returns the part of an RGB picture in an object's box, at least a pixel, grey outside of its mask."""
+    """Returns the part of an RGB picture in an object's box, at least a pixel, grey outside of its mask.
+
+    Raises:
+        UserError: the box lies outside of the picture.
+    """
     from PIL import Image
 
     if found.mask is not None:
         picture = Image.composite(picture, Image.new("RGB", picture.size, GREY), Image.fromarray(found.mask))
-    left, top, right, bottom = (round(edge) for edge in found.box[:4])
-    return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    edges = []
+    for axis, side in enumerate(picture.size):
+        low, high = found.box[axis], found.box[axis + 2]
+        if low >= side or (low < 0 and high <= 0):
+            raise UserError(
+                f"a box {list(found.box[:4])} lies outside of its picture of {picture.width} x "
+                f"{picture.height}: give pixels of that picture"
+            )
+        first = min(max(round(low), 0), side - 1)
+        edges.append((first, min(max(round(high), first + 1), side)))
+    (left, right), (top, bottom) = edges
+    return picture.crop((left, top, right, bottom))

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.scorers._base import Scorer, Scores
 from diffalign.scorers._tower_scorer import DTYPES, MODES
 
@@ -72,15 +72,10 @@ class Plugin(Scorer):
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        options = (("scale", self.scale, SCALES), ("mode", self.mode, MODES), ("dtype", self.dtype, DTYPES))
-        for what, value, known in options:
-            if value not in known:
-                raise unknown(f"{what} of scorer imagereward", value, known)
+        self._check_options(scale=SCALES, mode=MODES, dtype=DTYPES)
         for what, given in (("path", self.path), ("file", self.file), ("tokenizer", self.tokenizer)):
             if not given:
                 raise UserError(f"scorer imagereward: {what} is empty: leave it out for the published one")
-        if self.batch_size < 1:
-            raise UserError(f"scorer imagereward: batch_size is {self.batch_size}: use 1 or more")
         self._model: BlipReward | None = None
 
     @property
@@ -98,24 +93,24 @@ class Plugin(Scorer):
         from diffalign.scorers._memo import PictureMemo
         from diffalign.scorers._pixels import Preprocess
         from diffalign.scorers._towers import DTYPES as TORCH_DTYPES
-        from diffalign.scorers._weights import content_of, read_tensors, weight_file
+        from diffalign.scorers._weights import content_of, hub_identity, read_tensors, weight_file
 
         weights = weight_file(self.path, self.file, self.revision)
         config = weights.parent / _blip.CONFIG
         if Path(self.path).expanduser().exists():
             name = weights.stem
             identity = content_of(*(place for place in (weights, config) if place.is_file()))
-        else:  # a file of the hub, in a folder with the name of the commit; the config is not there yet
+        else:  # a file of the hub; the config is not there yet
             config = weight_file(self.path, _blip.CONFIG, self.revision)
-            name, identity = self.path, f"hub:{weights.parent.name[:12]}"
+            name, identity = self.path, hub_identity(weights.parent)
         model = _blip.build(read_tensors(weights), _blip.read_config(config), str(weights))
-        self._tokenizer = _blip.open_tokenizer(self.tokenizer, model.vocabulary)
+        self._tokenizer, words = _blip.open_tokenizer(self.tokenizer, model.vocabulary)
         model.place(device, TORCH_DTYPES[self.dtype])
         self._model, self._device = model, device
         self._preprocess = Preprocess(size=(model.image_size, model.image_size))
         self._memo = PictureMemo()
         self._length = min(TOKENS, model.positions)
-        self.version = f"{name}@{identity}"
+        self.version = f"{name}@{identity}+tokenizer@{words}"
         return self
 
     def modules(self) -> list[torch.nn.Module]:
@@ -128,6 +123,7 @@ class Plugin(Scorer):
 
     def prepare_ahead(self, images: list[Image.Image]) -> None:
         """Computes the pixels of pictures ahead."""
+        _ = self.model  # refuses where nothing is loaded
         self._pixels(images)
 
     @property

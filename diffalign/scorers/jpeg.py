@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.scorers._base import Scorer, Scores
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Plugin(Scorer):
     def __post_init__(self) -> None:
         from PIL import features
 
-        if self.scale not in FACTORS:
-            raise unknown("scale of scorer jpeg", self.scale, FACTORS)
+        self._check_options(scale=FACTORS)
         if not 1 <= self.quality <= 100:
             raise UserError(f"scorer jpeg: quality is {self.quality}: use 1 to 100")
         library = features.version_feature("libjpeg_turbo") or features.version_codec("jpg")

@@ -9,9 +9,13 @@ Scales (`scale`): target and reading are compared in lower case and without blan
 Parts: `contained`, 1 where the target stands in what was read, else 0.
 
 The target is what stands between the first two double quotes of the prompt. Typographic ones (“ ” „ ‟ and
-full-width) count as double quotes; single ones do not, being apostrophes. A prompt without such text is NaN
-and says so in `errors`, and so is a picture on which the recogniser fails (flow_grpo gives it 0, takes the
-rest of the prompt after a quote that is never closed, and stops at a prompt without one).
+full-width) count as double quotes; single ones do not, being apostrophes. By flow_grpo's rule a sign for
+inches is a quote, too: of `12" pizza reading "HOT"` the target is `pizza reading`. A prompt without such text
+is NaN and says so in `errors`, and so is a picture on which the recogniser fails (flow_grpo gives it 0, takes
+the rest of the prompt after a quote that is never closed, and stops at a prompt without one).
+
+A target of more than 1,000 characters is NaN and says so. A reading of 2 n characters or more in which the
+target does not stand is not compared any further: d is n or more, and the value 0.
 
 Convention: blanks are blanks, tabs and line ends of all kinds (flow_grpo: blanks alone, lines being joined
 without one). Characters are Unicode code points, as they come: é is one or two.
@@ -21,12 +25,15 @@ Convention: flow_grpo reads with PaddleOCR 2.9; another recogniser gives other n
 from __future__ import annotations
 
 import math
+import re
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from diffalign.common.errors import UserError, brief, unknown
+from diffalign.common.errors import UserError, brief
 from diffalign.scorers._base import Scorer, Scores
 
 if TYPE_CHECKING:
@@ -40,6 +47,9 @@ SCALES = ("flow_grpo", "cer")
 LANGUAGES = {"given": None, "tesseract": "eng", "easyocr": "en"}
 """Recogniser -> its own name of English."""
 
+LONGEST = 1000
+"""Characters of a target at most: comparing takes time that grows with the square."""
+
 QUOTES = str.maketrans(dict.fromkeys("“”„‟＂", '"'))  # noqa: RUF001
 
 
@@ -48,8 +58,8 @@ class Plugin(Scorer):
     """Reward of pictures for the text that their prompts ask for.
 
     `context` may bring per picture `text`, what should be written (instead of the quotes of the prompt), and
-    `recognised`, what was read in it elsewhere (instead of the recogniser). Only recogniser=given needs a
-    context.
+    `recognised`, what was read in it elsewhere (instead of the recogniser); None counts as left out. Only
+    recogniser=given needs a context.
 
     Args:
         scale: flow_grpo | cer.
@@ -70,10 +80,7 @@ class Plugin(Scorer):
     psm: int = 3
 
     def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise unknown("scale of scorer ocr", self.scale, SCALES)
-        if self.recogniser not in LANGUAGES:
-            raise unknown("recogniser of scorer ocr", self.recogniser, LANGUAGES)
+        self._check_options(scale=SCALES, recogniser=LANGUAGES)
         if not 3 <= self.psm <= 13:
             raise UserError(f"scorer ocr: psm is {self.psm}: use 3 to 13 (0 to 2 read no text)")
         if self.language is not None and not all(self.language.split("+")):
@@ -109,15 +116,23 @@ class Plugin(Scorer):
         import torch
 
         assert prompts is not None
+        if self._read is None and self.recogniser != "given":
+            raise UserError(f"scorer ocr has not opened {self.recogniser} yet: call .load() first")
         values, contained, errors = [], [], []
         for index, prompt in enumerate(prompts):
             more = context[index] if context is not None else {}
+            text, read = more.get("text"), more.get("recognised")
             error = None
             try:
-                target = plain(more["text"]) if "text" in more else quoted(prompt)
+                target = quoted(prompt) if text is None else plain(text)
                 if not target:
                     raise UserError("the text that should be written is empty: name some")
-                read = plain(more["recognised"] if "recognised" in more else self._recognise(images[index]))
+                if len(target) > LONGEST:
+                    raise UserError(
+                        f"the text that should be written has {len(target)} characters: "
+                        f"use {LONGEST} or fewer"
+                    )
+                read = plain(self._recognise(images[index]) if read is None else read)
                 value, inside = closeness(target, read, self.scale), float(target in read)
             except UserError as failure:
                 value, inside, error = math.nan, math.nan, str(failure)
@@ -172,6 +187,8 @@ def closeness(target: str, read: str, scale: str) -> float:
     """Returns how close a reading comes to a target (both plain, the target not empty), 0 to 1; see above."""
     if scale == "flow_grpo" and target in read:
         return 1.0
+    if len(read) >= 2 * len(target):  # as many are too many: the distance is at least the target's length
+        return 0.0
     return 1 - min(levenshtein(target, read), len(target)) / len(target)
 
 
@@ -192,6 +209,8 @@ def open_tesseract(language: str, psm: int) -> tuple[Callable[[Image.Image], str
     Raises:
         UserError: the package, the program or a language is not installed.
     """
+    from diffalign.scorers._weights import content_of
+
     try:
         import pytesseract
     except ModuleNotFoundError as error:
@@ -214,7 +233,22 @@ def open_tesseract(language: str, psm: int) -> tuple[Callable[[Image.Image], str
     def read(picture: Image.Image) -> str:
         return str(pytesseract.image_to_string(picture, lang=language, config=f"--psm {psm}"))
 
-    return read, f"tesseract-{version}@{language}@psm{psm}"
+    data = trained_data(pytesseract.pytesseract.tesseract_cmd, language)
+    identity = content_of(*data) if data else "unknown"
+    return read, f"tesseract-{version}@{language}:{identity}@psm{psm}"
+
+
+def trained_data(program: str, language: str) -> list[Path]:
+    """Returns the files of tesseract's languages, [] where it does not tell its folder (before version 5).
+
+    A language may be installed in three qualities (fast, best, and both in one), which read differently.
+    """
+    said = subprocess.run([program, "--list-langs"], capture_output=True, text=True, check=False).stdout
+    folder = re.search(r'in "(.+)"', said)
+    if folder is None:
+        return []
+    data = [Path(folder[1]) / f"{name}.traineddata" for name in language.split("+")]
+    return data if all(each.is_file() for each in data) else []
 
 
 def open_easyocr(

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.scorers._base import Scorer, Scores
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class Plugin(Scorer):
     scale: str = "share"
 
     def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise unknown("scale of scorer scene", self.scale, SCALES)
+        self._check_options(scale=SCALES)
 
     def _score_batch(
         self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None

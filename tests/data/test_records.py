@@ -191,6 +191,14 @@ def test_a_picture_file_that_is_not_there(tmp_path: Path) -> None:
     assert caught.value.reason == "missing_image"
 
 
+@pytest.mark.parametrize("name", ["a\0b.png", "x\ud800.png"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(BadImage, match=r"cannot be read \(") as caught:
+        ImageRef(path=Path(name)).open()
+    assert caught.value.reason == "missing_image"
+    assert str(caught.value).encode("utf-8")  # a lone surrogate could not be printed
+
+
 @pytest.mark.parametrize("orientation", range(10))
 def test_orientations_are_those_of_pillow(orientation: int) -> None:
     exif = Image.Exif()

@@ -260,6 +260,27 @@ def test_without_network_a_downloaded_copy_is_used(monkeypatch, tmp_path, error)
     assert load_scorer("clip", path="org/model").version.startswith("org/model@hub:")
 
 
+@pytest.mark.parametrize("layout", ["open_clip", "transformers"])
+def test_the_version_says_the_settings_and_the_vocabulary(tmp_path, layout):
+    source = write_open_clip(tmp_path / "source")
+    if layout == "transformers":
+        write_transformers(source, tmp_path / "transformers")
+    folder = source if layout == "open_clip" else tmp_path / "transformers"
+    first = load_scorer("clip", path=str(folder))
+    words = json.loads((folder / "tokenizer.json").read_text())
+    known = words["model"]["vocab"]
+    known["red</w>"], known["blue</w>"] = known["blue</w>"], known["red</w>"]
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    second = load_scorer("clip", path=str(folder))
+    assert torch.equal(first.embed_texts(["red"]), second.embed_texts(["blue"]))
+    settings = folder / ("open_clip_config.json" if layout == "open_clip" else "preprocessor_config.json")
+    settings.write_text(settings.read_text().replace("[0.5, 0.4, 0.3]", "[0.1, 0.2, 0.9]"))
+    third = load_scorer("clip", path=str(folder))
+    image = [Image.new("RGB", (32, 32), "red")]
+    assert not torch.equal(second.embed_images(image), third.embed_images(image))
+    assert len({first.version, second.version, third.version}) == 3
+
+
 def test_bad_options_are_refused():
     with pytest.raises(UserError, match="did you mean 'clipscore'"):
         load_scorer("clip", path="x", scale="clip_score")

@@ -242,6 +242,31 @@ def test_a_relative_path_counts_from_the_current_folder(scorer, tmp_path, monkey
     assert scorer(pictures()[:1], context=[{"reference": "it.png"}]).item() == pytest.approx(1, abs=1e-6)
 
 
+def test_the_home_folder_can_be_named(scorer, tmp_path, monkeypatch):
+    others()[0].save(tmp_path / "reference.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    scores = scorer.score(pictures()[:1], context=[{"reference": "~/reference.png"}])
+    assert scores.errors == [None]
+    assert torch.equal(scores.values, scorer(pictures()[:1], context=[{"reference": others()[0]}]))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x\ud800.png"])
+def test_a_name_that_no_file_can_have_is_nan(scorer, name):
+    context = [{"reference": name}, {"reference": others()[0]}]
+    scores = scorer.score(pictures()[:2], context=context)
+    assert scores.values.isnan().tolist() == [True, False]
+    assert "cannot be read" in scores.errors[0] and scores.errors[0].encode("utf-8")
+
+
+def test_the_version_says_how_pictures_are_prepared(scorer, folders, tmp_path):
+    folder = tmp_path / folders["dinov2"].name
+    shutil.copytree(folders["dinov2"], folder)
+    assert load_scorer("dino", path=str(folder)).version == scorer.version
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.9]}))
+    assert load_scorer("dino", path=str(folder)).version != scorer.version
+
+
 def test_the_gradient_reaches_the_picture_and_not_the_reference(folders):
     scorer = load_scorer("dino", path=str(folders["dinov2"]), mode="tensor")
     pixels = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)

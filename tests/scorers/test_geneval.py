@@ -80,7 +80,6 @@ def test_a_number_must_be_neither_too_small_nor_excluded(number, expected):
 def test_at_most_sixteen_boxes_of_a_class_are_kept():
     found = {"dog": [box(i, 0) for i in range(40)]}
     assert value_of(found, [asked("dog", 16)]) == 1
-    assert value_of(found, [asked("dog", 17)]) == 0
     assert value_of(found, [asked("dog")], [asked("dog", 17)]) == 1
 
 
@@ -217,7 +216,25 @@ def test_a_verdict_says_its_reasons():
         ({"include": [{"count": 1}], "detections": {}}, "clause 0 of include has no class"),
         ({"include": [asked("dog", 0)], "detections": {}}, "count 0: use a whole number"),
         ({"exclude": [asked("dog", True)], "detections": {}}, "clause 0 of exclude has count True"),
-        ({"include": [asked("dog", color=3)], "detections": {}}, "color 3: name one"),
+        ({"include": [asked("dog", color=3)], "detections": {}}, "unknown color of clause 0 of include '3'"),
+        ({"include": [asked("dog", 17)], "detections": {}}, "count 17, but 16 boxes"),
+        (
+            {"include": [asked("dog", colour="red")], "detections": {}},
+            "key .* 'colour': did you mean 'color'",
+        ),
+        ({"exclude": [asked("dog", color="red")], "detections": {}}, "unknown key of clause 0 of exclude"),
+        ({"include": [asked("dog")], "tag": "Counting", "detections": {}}, "did you mean 'counting'"),
+        ({"include": [asked("dog")], "tag": ["counting"], "detections": {}}, "unknown tag"),
+        (
+            {
+                "include": [asked("dog", color="Red")],
+                "detections": {"dog": [box(0, 0)]},
+                "colors": {"dog": ["red"]},
+            },
+            "did you mean 'red'",
+        ),
+        ({"include": [asked("dog")], "detections": {"dog": ["12345"]}}, "boxes .left, top"),
+        ({"include": [asked("dog")], "detections": {"dog": [[10**400, 0, 1, 1, 0.9]]}}, "boxes .left, top"),
         ({"include": [asked("dog", position="left of")], "detections": {}}, "use .relation, index"),
         ({"include": [asked("dog", position=["left", 0])], "detections": {}}, "did you mean 'left of'"),
         ({"include": [asked("dog", position=["left of", 0])], "detections": {}}, "placed by clause 0"),
@@ -227,6 +244,26 @@ def test_a_verdict_says_its_reasons():
         (
             {"include": [asked("dog")], "detections": {"dog": [box(0, 0)]}, "colors": {"dog": [1]}},
             "no list of texts",
+        ),
+        (
+            {"include": [asked("dog")], "detections": {"dog": [box(0, 0)] * 3}, "colors": {"dog": "red"}},
+            "colors of 'dog' are no list of texts",
+        ),
+        (
+            {"include": [asked("dog")], "detections": {"dog": [box(0, 0)]}, "colors": {"dog": 5}},
+            "colors of 'dog' are no list of texts",
+        ),
+        (
+            {
+                "include": [asked("dog")],
+                "detections": {"dog": [box(0, 0)]},
+                "colors": {"dog": ["red", "blue"]},
+            },
+            "colors of 'dog' name 2, but it has 1 boxes",
+        ),
+        (
+            {"include": [asked("dog")], "detections": {"dog": [box(0, 0)]}, "colors": {"dogs": ["red"]}},
+            "colors of 'dogs' name 1, but it has 0 boxes",
         ),
     ],
 )
@@ -238,3 +275,22 @@ def test_what_cannot_be_judged_is_nan_and_says_why(context, message):
         raise UserError(scores.errors[0])
     assert scores.errors[1] is None
     assert all(part[0].isnan() for part in scores.parts.values())
+
+
+def test_what_is_none_counts_as_left_out():
+    """Tables write so what a row does not have."""
+    nothing = {"color": None, "position": None}
+    context = {
+        "include": [asked("dog", **nothing), asked("cat", 2, **nothing)],
+        "exclude": None,
+        "tag": None,
+        "detections": {"dog": [box(0, 0)], "cat": [box(0, 0), box(9, 9)], "bird": None},
+        "colors": {"dog": None, "cat": ["red", "blue"]},
+    }
+    picture = [Image.new("RGB", (64, 64))]
+    scores = load_scorer("geneval").score(picture, context=[context])
+    assert scores.values.tolist() == [1] and scores.errors == [None]
+    without = load_scorer("geneval").score(
+        picture, context=[{"exclude": [asked("dog", 1, **nothing)], "include": None, "detections": None}]
+    )
+    assert "give the scorer a detector" in without.errors[0]

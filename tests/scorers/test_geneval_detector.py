@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,8 @@ from transformers import Mask2FormerImageProcessor
 from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer, score_all
 from diffalign.scorers._geneval import COLORS, Detected
-from diffalign.scorers.geneval import TEMPLATES, crop, instances, tell_colors
+from diffalign.scorers._geneval_detector import instances
+from diffalign.scorers.geneval import TEMPLATES, Plugin, crop, tell_colors
 from tests.tiny_clip import write_open_clip
 from tests.tiny_detector import write_detector
 
@@ -206,7 +208,7 @@ def test_colours_are_the_nearest_mean_of_the_templates(clip):
 def test_a_colour_that_nobody_can_tell_is_nan(clip):
     context = {"include": [asked("dog", color="gray")], "detections": {"dog": [box(0, 0)]}}
     scores = load_scorer("geneval", color_model=clip).score(pictures()[:1], context=[context])
-    assert scores.values.isnan().all() and "unknown color 'gray'" in scores.errors[0]
+    assert scores.values.isnan().all() and "unknown color of clause 0 of include 'gray'" in scores.errors[0]
 
 
 def test_a_crop_is_grey_outside_of_its_mask():
@@ -219,6 +221,61 @@ def test_a_crop_is_grey_outside_of_its_mask():
     assert cut[0, 0].tolist() == [153, 153, 153] and cut[2, 2].tolist() == [255, 0, 0]
     assert crop(picture, Detected((1.6, 0.4, 4.4, 3.0, 1.0))).size == (2, 3)
     assert crop(picture, Detected((3, 3, 3, 3, 1.0))).size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ((0, 0, 20000, 20000), (8, 6)),
+        ((-1e9, 2, 3, 1e300), (3, 4)),
+        ((7.6, 5.7, 8, 6), (1, 1)),  # rounded, it would begin behind the last pixel
+        ((0, 0, 0, 0), (1, 1)),
+    ],
+)
+def test_a_crop_stays_in_its_picture(given, size):
+    assert crop(Image.new("RGB", (8, 6)), Detected((*given, 1.0))).size == size
+
+
+@pytest.mark.parametrize("given", [(1e10, 0, 1e10 + 5, 5), (0, 6, 3, 9), (-9, 0, -2, 5), (0, -9, 5, 0)])
+def test_a_box_outside_of_its_picture_is_nan(clip, given):
+    """The picture beside it is judged all the same."""
+    contexts = [
+        {"include": [asked("dog", color="red")], "detections": {"dog": [[*place, 0.9]]}}
+        for place in (given, (0, 0, 20000, 20000))
+    ]
+    scores = load_scorer("geneval", color_model=clip).score([Image.new("RGB", (8, 6))] * 2, context=contexts)
+    assert scores.values.isnan().tolist() == [True, False]
+    assert "outside of its picture of 8 x 6" in scores.errors[0] and scores.errors[1] is None
+
+
+def test_a_picture_on_which_the_detector_fails_is_nan(detector):
+    images = [Image.new("RGB", (1, 300)), Image.new("RGB", (64, 64))]
+    scores = load_scorer("geneval", detector=detector).score(
+        images, context=[{"include": [asked("dog")]}] * 2
+    )
+    assert scores.values.isnan().tolist() == [True, False]
+    assert scores.errors[0].startswith("the detector fails on this picture of 1 x 300: ")
+
+
+def test_the_version_says_how_the_detector_prepares_pictures(tmp_path, detector):
+    folder = write_detector(tmp_path / Path(detector).name)
+    assert (
+        load_scorer("geneval", detector=str(folder)).version
+        == load_scorer("geneval", detector=detector).version
+    )
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.9] * 3}))
+    assert (
+        load_scorer("geneval", detector=str(folder)).version
+        != load_scorer("geneval", detector=detector).version
+    )
+
+
+def test_networks_come_with_load(detector, clip):
+    for options in ({"detector": detector}, {"color_model": clip}):
+        plugin = Plugin(**options)
+        with pytest.raises(UserError, match=r"no (detector|color_model) yet: call .load\(\) first"):
+            plugin.score(pictures()[:1], context=[{"include": [asked("dog")]}])
 
 
 def test_crops_do_not_mix_with_pictures_of_a_shared_pass(clip):
@@ -247,7 +304,7 @@ def test_bad_options_are_refused(tmp_path, detector, clip):
         ({"shortest": 800}, "shortest without detector"),
         ({"revision": "main"}, "revision without detector"),
         ({"color_arch": "ViT-L-14"}, "color_arch without color_model"),
-        ({"detector": "nowhere"}, "does not exist: give a folder"),
+        ({"detector": "nowhere"}, "do not exist: give a folder"),
         ({"detector": "no/such-model"}, "the hub does not give them"),  # the tests run without network
         ({"detector": clip}, "no Mask2Former"),
         ({"color_model": str(tmp_path / "none")}, "do not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -215,8 +216,11 @@ def test_the_version_says_which_weights(tmp_path, options, scorer):
         write(tmp_path / "seed", tensors(seed=1)),
         write(tmp_path / "heads", None, {**config(), "num_attention_heads": 2}),
     ]
-    versions = {load_scorer("imagereward", **other).version for other in others}
-    assert len(versions | {scorer.version}) == 3
+    swapped = write(tmp_path / "words")
+    words = Path(swapped["tokenizer"]) / "vocab.txt"
+    words.write_text(words.read_text().replace("red\nblue", "blue\nred"))
+    versions = {load_scorer("imagereward", **other).version for other in (*others, swapped)}
+    assert len(versions | {scorer.version}) == 4
 
 
 def test_a_hub_repository_is_read_with_its_config(tmp_path, options, scorer, monkeypatch):
@@ -228,7 +232,21 @@ def test_a_hub_repository_is_read_with_its_config(tmp_path, options, scorer, mon
     (store / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     found = load_scorer("imagereward", path="diffalign-tests/no-such-reward", tokenizer=given["tokenizer"])
-    assert found.version == "diffalign-tests/no-such-reward@hub:0123456789ab"
+    weights, words = found.version.split("+tokenizer@")
+    assert weights == "diffalign-tests/no-such-reward@hub:0123456789ab"
+    assert scorer.version.endswith(f"+tokenizer@{words}")
+    assert torch.equal(found(pictures(), PROMPTS), scorer(pictures(), PROMPTS))
+
+
+def test_a_vocabulary_of_the_hub_is_read_and_named(tmp_path, options, scorer, monkeypatch):
+    commit = "fedcba9876543210fedcba9876543210fedcba98"
+    store = tmp_path / "models--no-such-vocabulary"  # as bert-base-uncased: without an organisation
+    shutil.copytree(options["tokenizer"], store / "snapshots" / commit)
+    (store / "refs").mkdir()
+    (store / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = load_scorer("imagereward", path=options["path"], tokenizer="no-such-vocabulary")
+    assert found.version.endswith("+tokenizer@hub:fedcba987654")
     assert torch.equal(found(pictures(), PROMPTS), scorer(pictures(), PROMPTS))
 
 
@@ -338,3 +356,5 @@ def test_weights_come_with_load():
     assert plugin.memos() == []
     with pytest.raises(UserError, match=r"call .load\(\) first"):
         plugin(pictures(), PROMPTS)
+    with pytest.raises(UserError, match=r"call .load\(\) first"):
+        plugin.prepare_ahead(pictures())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffalign.common.errors import UserError
 from diffalign.scorers import load_scorer
-from diffalign.scorers.ocr import closeness, levenshtein, plain, quoted
+from diffalign.scorers.ocr import Plugin, closeness, levenshtein, plain, quoted, trained_data
 
 HAS_TESSERACT = importlib.util.find_spec("pytesseract") is not None and shutil.which("tesseract") is not None
 
@@ -113,6 +115,8 @@ def test_the_target_stands_between_the_first_two_double_quotes(prompt, target):
         ("a cat", "x", {"text": " "}, "is empty"),
         ("a cat", "x", {"text": 5}, "must be texts, not int"),
         ('"a"', None, {"recognised": ["a"]}, "must be texts, not list"),
+        ('"a"', None, {"recognised": None}, "put recognised into the context"),
+        (f'"{"a" * 1001}"', "a", {}, "has 1001 characters: use 1000 or fewer"),
         ('"a"', None, {}, "put recognised into the context"),
     ],
 )
@@ -125,6 +129,37 @@ def test_what_cannot_be_judged_is_nan_and_says_why(prompt, read, context, messag
 def test_context_may_say_what_should_be_written():
     assert score("a street at night", "Bar Central", text="bar central").values.item() == 1
     assert score('"not this"', "that", text="that").values.item() == 1
+    assert score('"this"', "this", text=None).values.item() == 1  # tables write so what a row does not have
+
+
+def test_a_long_reading_is_worth_what_it_is_and_costs_no_time():
+    assert closeness("abcd", "abxxxxcd", "flow_grpo") == closeness("abcd", "abxxxxcd", "cer") == 0
+    assert closeness("abcd", "abxxxcd", "cer") == 0.25
+    begin = time.perf_counter()
+    assert closeness("a" * 1000, "b" * 1_000_000, "cer") == 0
+    assert time.perf_counter() - begin < 1
+
+
+def test_a_sign_for_inches_is_a_quote():
+    assert quoted('12" pizza reading "HOT"') == "pizzareading"
+
+
+def test_the_recogniser_comes_with_load():
+    for recogniser in ("tesseract", "easyocr"):
+        with pytest.raises(UserError, match=rf"has not opened {recogniser} yet: call .load\(\) first"):
+            Plugin(recogniser=recogniser)([Image.new("RGB", (8, 8))], ['"a"'])
+    assert Plugin(recogniser="given")([Image.new("RGB", (8, 8))], ['"a"'], context=[{"recognised": "a"}]) == 1
+
+
+def test_tesseracts_files_are_found_where_it_says(tmp_path):
+    (tmp_path / "eng.traineddata").write_bytes(b"fast")
+    program = tmp_path / "tesseract"
+    program.write_text(f"#!/bin/sh\necho 'List of available languages in \"{tmp_path}/\" (1):'\necho eng\n")
+    program.chmod(0o755)
+    assert trained_data(str(program), "eng") == [tmp_path / "eng.traineddata"]
+    assert trained_data(str(program), "eng+deu") == []
+    program.write_text("#!/bin/sh\necho 'List of available languages (1):'\n")
+    assert trained_data(str(program), "eng") == []
 
 
 def test_given_readings_alone_need_a_context():
@@ -182,7 +217,7 @@ def test_tesseract_reads():
     scores = scorer.score(images, ['a sign "Hello World"', 'a sign "Closet"', 'a sign "Open"'])
     assert scores.parts["contained"].tolist() == [1, 0, 0]
     assert scores.values.tolist() == [1, pytest.approx(5 / 6), 0]
-    assert scorer.version.startswith("rule-1+tesseract-") and scorer.version.endswith("@eng@psm3")
+    assert re.fullmatch(r"rule-1\+tesseract-[\w.]+@eng:([0-9a-f]{12}|unknown)@psm3", scorer.version)
     with pytest.raises(UserError, match="no language 'klingon'"):
         load_scorer("ocr", language="eng+klingon")
 
