@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from types import FrameType
@@ -128,7 +128,8 @@ def _run(command: _Command) -> int:
 
     if command.help:
         rows = config.help_rows(function, command.config, command.overrides)
-        print(_verb_help(command.verb, documentation, rows, config.plug_in_keys(function)))
+        texts = config.help_texts(function, command.config, command.overrides)
+        print(_verb_help(command.verb, documentation, rows, config.plug_in_keys(function), texts))
         return 0
     recipe = config.load_recipe(function, command.config, command.overrides)
     if command.dry_run:
@@ -254,9 +255,13 @@ def _general_help() -> str:
 
 
 def _verb_help(
-    verb: str, documentation: str, rows: Sequence[tuple[str, str, str, str]], plug_ins: Sequence[str]
+    verb: str,
+    documentation: str,
+    rows: Sequence[tuple[str, str, str, str]],
+    plug_ins: Sequence[str],
+    texts: Mapping[str, str],
 ) -> str:
-    """Returns the help of a verb: what it does, its keys, the options, and examples at the end."""
+    """Returns the help of a verb: what it does and its named plug-ins say, keys, options, examples."""
     text, _, examples = textwrap.dedent(documentation).strip().partition("Examples:")
     described = []
     for key, kind, default, note in rows:
@@ -268,9 +273,10 @@ def _verb_help(
         "Keys:\n" + _key_table(described),
         "Options:\n" + _table(list(OPTIONS.items())[:3]),
     ]
+    parts[2:2] = [f"{name}:\n{textwrap.indent(about, '  ')}" for name, about in texts.items()]
     if plug_ins:
         words = " ".join(f"{key}=NAME" for key in plug_ins)
-        parts.insert(3, f"For the keys of a plug-in name it: diffalign {verb} {words} --help")
+        parts.insert(len(parts) - 1, f"For the keys of a plug-in name it: diffalign {verb} {words} --help")
     shown = textwrap.indent(textwrap.dedent(examples.strip("\n")), "  ") if examples.strip() else ""
     parts.append("Examples:\n" + (shown or f"  diffalign {verb} --dry-run"))
     return "\n\n".join(parts)

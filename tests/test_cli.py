@@ -275,6 +275,19 @@ def test_keys_of_a_model() -> None:
         assert {"path", "dtype", "revision", "variant", "vae"} <= set(fields)
 
 
+def test_help_says_what_a_named_plug_in_says_of_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["score", "scorers=[geneval,jpeg]", "--help"]) == 0
+    text = capsys.readouterr().out
+    for said in (
+        "include: [{class, count, color?, position?: [relation, index of an",  # of the class
+        "correct    1 where every clause is fulfilled",  # of the module
+        "incompressibility",
+    ):
+        assert said in text
+    assert cli.main(["score", "--help"]) == 0
+    assert "incompressibility" not in capsys.readouterr().out
+
+
 def test_help_names_every_argument_that_takes_a_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "--help"]) == 0
     assert (

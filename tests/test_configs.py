@@ -33,8 +33,8 @@ def test_recipe_resolves_and_keeps_what_the_file_says(path: Path) -> None:
         assert type(value)(resolved) == value if isinstance(value, float) else resolved == value, key
 
 
-def test_every_scorer_with_weights_has_a_recipe() -> None:
-    assert {path.stem for path in SCORERS} >= set(names("scorers")) - {"scene"}
+def test_every_scorer_has_a_recipe() -> None:
+    assert {path.stem for path in SCORERS} >= set(names("scorers"))
 
 
 @pytest.mark.parametrize("path", SCORERS, ids=lambda path: path.stem)

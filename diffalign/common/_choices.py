@@ -85,7 +85,10 @@ def parse_word(text: str, keys: Mapping[str, Key], verb: str) -> Word:
     name, equals, value = text.partition("=")
     path = tuple(name.strip().split("."))
     if not equals:
-        raise UserError(f"'{text}' is not of the form key=value: see diffalign {verb} --help")
+        raise UserError(
+            f"'{text}' is not of the form key=value: put quotes around a value with blanks, and see "
+            f"diffalign {verb} --help"
+        )
     if path[0] not in keys:
         inside = [key.name for key in keys.values() if key.section and path[0] in key.section.keys]
         if inside:

@@ -11,6 +11,7 @@ TYPE_CHECKING). The `Args:` of its docstring are what `--help` says about the ke
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -31,6 +32,7 @@ __all__ = [
     "One",
     "Recipe",
     "help_rows",
+    "help_texts",
     "load_recipe",
     "make_many",
     "make_one",
@@ -167,20 +169,49 @@ def help_rows(
     The keys of a plug-in are listed when the file or a word names it (which imports it); otherwise its
     argument lists the names only, so that help stays quick.
     """
+    shown = _shown_keys(function, config_file, overrides)
+    return [row for name, key in shown.items() for row in _rows(key, name)]
+
+
+def help_texts(
+    function: Callable[..., Any], config_file: str | Path | None, overrides: Sequence[str]
+) -> dict[str, str]:
+    """Returns, for each plug-in that the file or a word names, what its module and class say of it."""
+    texts: dict[str, str] = {}
+
+    def collect(section: Section | None) -> None:
+        if section is None:
+            return
+        if section.build is not None and section.build.__name__ == "Plugin":
+            module = inspect.getmodule(section.build)
+            about = [inspect.getdoc(module) or "", (inspect.getdoc(section.build) or "").split("\nArgs:")[0]]
+            texts[plugins.plugin_name(section.build)] = "\n\n".join(text.strip() for text in about if text)
+        for key in section.keys.values():
+            collect(key.section)
+
+    for key in _shown_keys(function, config_file, overrides).values():
+        if key.plugin is not None:
+            collect(key.section)
+    return texts
+
+
+def _shown_keys(
+    function: Callable[..., Any], config_file: str | Path | None, overrides: Sequence[str]
+) -> dict[str, Key]:
+    """Returns the keys of a stage, with those of the plug-ins that the file or a word names below them."""
     verb = function.__name__
     keys = _schema.keys_of(function)
     words = [parse_word(text, keys, verb) for text in overrides if "=" in text]
     nodes = read_file(config_file, keys, verb) if config_file is not None else {}
     named = {word.path[0] for word in words} | set(nodes)
-    rows: list[tuple[str, str, str, str]] = []
+    shown: dict[str, Key] = {}
     for name, key in keys.items():
-        shown = key
+        shown[name] = key
         if key.plugin is not None and name in named:
             only = [word for word in words if word.path[0] == name]
             root, _ = expand(verb, {name: key}, nodes, only, Source(str(config_file), is_file=True))
-            shown = root.keys[name]
-        rows.extend(_rows(shown, name))
-    return rows
+            shown[name] = root.keys[name]
+    return shown
 
 
 def plug_in_keys(function: Callable[..., Any]) -> list[str]:

@@ -47,7 +47,7 @@ def verdict_lines(rewards: dict[str, Reward]) -> list[str]:
 
 def _reward_rows(rewards: dict[str, Reward]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
-        ("reward", "win rate", "won/tied/lost", "p", "base", "aligned", "difference")
+        ("reward", "win rate", "won/tied/lost", "p (prompts)", "base", "aligned", "difference")
     ]
     for name, reward in rewards.items():
         better = "" if reward.higher_is_better else ", lower wins"

@@ -5,10 +5,10 @@ values = scorer(images, prompts)          # float32 [B]
 reward = set_reward("frechet", exemplars) # of a set of features [n, d], higher is better
 """
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
-from diffalign.common.errors import unknown
+from diffalign.common.errors import UserError, unknown
 from diffalign.common.plugins import get
 from diffalign.scorers._base import Scorer, Scores, score_all
 from diffalign.scorers._distribution import frechet_distance, mmd, precision, recall, vendi_score
@@ -41,5 +41,9 @@ def load_scorer(name: str, *, device: str = "cpu", **options: Any) -> Scorer:
     for option in options:
         if option not in known:
             raise unknown(f"option of scorer {name}", option, known)
-    scorer: Scorer = plugin(**options).load(device)
-    return scorer
+    required = [f.name for f in fields(plugin) if f.init and f.default is MISSING is f.default_factory]
+    missing = [option for option in required if option not in options]
+    if missing:
+        raise UserError(f"scorer {name} needs {', '.join(missing)}: give {missing[0]}=...")
+    scorer: Scorer = plugin(**options)
+    return scorer.load(device)

@@ -292,6 +292,8 @@ def score_all(
     Raises:
         UserError: as in `Scorer.score`.
     """
+    if not isinstance(scorers, Mapping):
+        raise UserError(f"score_all takes a mapping of label to scorer, not a {type(scorers).__name__}")
     with ExitStack() as stack:
         for memo in (memo for scorer in scorers.values() for memo in scorer.memos()):
             stack.enter_context(memo.one_pass())

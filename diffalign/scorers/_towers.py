@@ -154,6 +154,18 @@ def open_towers(
     return towers
 
 
+def _refuse_tag(path: str, arch: str | None) -> None:
+    """Raises UserError where one of open_clip's tags lacks its architecture, or has one that nobody knows."""
+    import open_clip
+
+    archs = [name for name, tag in open_clip.list_pretrained() if tag == path]
+    if archs and arch is None:
+        known = "ViT-L-14" if "ViT-L-14" in archs else archs[0]
+        raise UserError(f"weights '{path}' are a tag of open_clip's: give its arch, for example arch={known}")
+    if archs and arch not in open_clip.list_models():
+        raise unknown("open_clip architecture", str(arch), open_clip.list_models())
+
+
 def _stamp(place: Path) -> tuple[tuple[str, int, int], ...]:
     """Returns what changes when the files of a local place are written anew."""
     found = sorted(place.iterdir()) if place.is_dir() else [place] if place.is_file() else []
@@ -174,6 +186,7 @@ def _open(path: str, arch: str | None, revision: str | None) -> Towers:
         towers = _from_folder(folder, arch, identity=hub_identity(folder))
         towers.name = path
         return towers
+    _refuse_tag(path, arch)
     tags = ""
     if arch is not None and _tags(arch):
         tags = f", or one of the {arch} tags {', '.join(_tags(arch))}"

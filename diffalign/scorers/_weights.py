@@ -85,7 +85,8 @@ def hub_folder(repo: str, revision: str | None, wanted: Callable[[list[str]], li
             return Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             raise UserError(
-                f"weights '{repo}' are no local folder and the hub does not give them: {brief(error)}"
+                f"weights '{repo}' are no local folder and the hub does not give them: {brief(error)}; give "
+                "a folder that was fetched elsewhere"
             ) from error
     return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted(listing)))
 

@@ -76,6 +76,15 @@ class Plugin(Scorer):
                     raise UserError(f"scorer ensemble: spread of {label} is {value}: give a number above 0")
         if any(member.relative for member in self._members.values()) and self.how in ("zscore", "bounded"):
             raise UserError(f"scorer ensemble: how={self.how} needs members whose values hold by themselves")
+        if self.how not in ("zscore", "bounded") and (self.center or self.spread or self.statistics):
+            raise UserError(
+                f"scorer ensemble: how={self.how} reads no center, spread or statistics: leave out"
+            )
+        known = sorted(self.center.keys() & self.spread.keys()) if self.statistics is not None else []
+        if known:
+            raise UserError(
+                f"scorer ensemble: center and spread of {known[0]} are given, and statistics too: keep one"
+            )
         if sum(self._weight(label) for label in self._members) == 0 and self.how in VOTES:
             raise UserError("scorer ensemble: all weights are 0: give one above 0")
         self.scale = self.how

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.common import files
 from diffalign.common.errors import UserError
+from diffalign.common.progress import say
 from diffalign.data.pictures import PICTURE_SUFFIXES
 from diffalign.stages._run import refuse_unfinished
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from diffalign.data.prompts import Prompt
     from diffalign.scorers import Scorer
 
-NAME_COLUMNS = ("image", "file_name", "id")
+NAME_COLUMNS = ("image", "file_name", "filename", "file", "path", "id")
 """Columns of a file of prompts that say which picture each belongs to."""
 
 ROW_FILES = ("images.jsonl", "scores.jsonl")
@@ -160,6 +161,8 @@ def with_prompts(rows: list[Row], source: str) -> list[Row]:
         raise UserError(f"prompts={source}: picture '{taken}' has a prompt already: leave prompts out")
     prompts = load_prompts(source)
     if prompt_file(source) is None:
+        if Path(source).exists() or source.startswith("["):
+            raise UserError(f"prompts={source} is no file of prompts: give one, or one text for all pictures")
         return [{**row, "prompt": prompts[0].text} for row in rows]
     column = next((name for name in NAME_COLUMNS if any(name in prompt.meta for prompt in prompts)), None)
     if column is None:
@@ -168,6 +171,7 @@ def with_prompts(rows: list[Row], source: str) -> list[Row]:
                 f"prompts={source} has {len(prompts)} prompts for {len(rows)} pictures and no column "
                 f"{' or '.join(NAME_COLUMNS)} that says whose each is: add one"
             )
+        say(f"prompts={source}: the first is of '{rows[0]['image']}', the last of '{rows[-1]['image']}'")
         return [_given(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
     return _by_name(rows, prompts, column, source)
 
@@ -219,7 +223,9 @@ def check_needs(rows: Sequence[Row], scorers: Mapping[str, Scorer]) -> None:
         for need, key in (("prompts", "prompt"), ("context", "context")):
             missing = [row["id"] for row in rows if not _has(row, key)]
             if need in scorer.needs and missing:
-                or_file = ", or into a .txt file of the picture's name" if key == "prompt" else ""
+                or_file = ", give prompts=FILE, or a .txt file of the picture's name"
+                if key == "context":
+                    or_file = ' of an images.jsonl: {"image": ..., "context": {...}}'
                 raise UserError(
                     f"scorer {name} needs a {key} for every picture, '{missing[0]}' has none: write it into "
                     f"its row{or_file}"

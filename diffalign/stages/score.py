@@ -60,7 +60,8 @@ def score(
         prompts: a file with a prompt for each picture of a folder, in their order or by a column image,
             file_name or id; or one text for all.
         limit: score the first so many pictures only.
-        group: write ranking.jsonl, too: the pictures of each prompt from best to worst.
+        group: write ranking.jsonl, too: the pictures of each prompt from best to worst by the first scorer,
+            with their ranks by all; pictures without a prompt are one group.
         compare: a folder that `score` wrote of the same prompts and seeds: print how often these pictures
             beat those, and write comparison.json.
         table: write scores.csv or scores.parquet, too, a flat column for each scorer and part.
@@ -97,6 +98,8 @@ def score(
             _report(folder, scored, list(ready), group=group, table=table)
         if scored is not None and others is not None:
             _compare(folder, scored, str(compare), others)
+    if scored is not None:
+        _refuse_nothing(out, scored, list(ready))
     return folder / "scores.jsonl"
 
 
@@ -144,6 +147,7 @@ def _scored(
     if scored is not None:
         refuse_changed(str(folder), scored, folder)
         remove_parts(folder)  # a kill may have come just before
+        say(f"{folder} is complete already")
         return scored if share.index == 0 else None
     with nullcontext() if recipe["cache"] is None else ScoreCache(recipe["cache"]) as known:
         _score_share(rows, source, ready, folder, share, recipe, known)
@@ -241,6 +245,16 @@ def _report(folder: Path, scored: list[Row], names: list[str], *, group: bool, t
     if group:
         files.write_jsonl(folder / RANKING, _score_report.ranking_of(scored, names))
         print(f"ranking: {folder / RANKING}")
+
+
+def _refuse_nothing(out: str, scored: list[Row], names: list[str]) -> None:
+    """Raises UserError for a scorer that could judge no picture: what follows would have nothing to go by."""
+    for name in names:
+        if all(row["scores"][name]["value"] is None for row in scored):
+            raise UserError(
+                f"scorer {name} could judge none of {len(scored)} pictures ({scored[0]['errors'][name]}): "
+                f"see errors in {Path(out) / 'scores.jsonl'}"
+            )
 
 
 def _other_shots(other: str, names: list[str]) -> list[Shot]:

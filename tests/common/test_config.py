@@ -239,7 +239,10 @@ def test_words_are_read_by_their_type(word: str, value: Any) -> None:
         ("scorers={t_clip: 5}", "scorers={t_clip: 5}: scorers.t_clip: expected a mapping of its keys"),
         ("scorers=[t_clip", "scorers=[t_clip: not valid YAML: write [name, name] or {name: {key: value}}"),
         ("sede=1", "unknown key of stage 'sede': did you mean 'seeds'?"),
-        ("quick", "'quick' is not of the form key=value: see diffalign stage --help"),
+        (
+            "quick",
+            "'quick' is not of the form key=value: put quotes around a value",
+        ),
         ("out=", "stage needs out=FOLDER (see diffalign stage --help)"),
     ],
 )

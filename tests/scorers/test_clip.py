@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 
 from diffalign.common.errors import UserError
-from diffalign.scorers import load_scorer
+from diffalign.scorers import load_scorer, score_all
 from diffalign.scorers._pixels import Preprocess
 from diffalign.scorers._towers import hub_files, tag_uses_quick_gelu
 from tests.tiny_arch import known_arch, write_state_dict
@@ -286,6 +286,16 @@ def test_bad_options_are_refused():
         load_scorer("clip", path="x", scale="clip_score")
     with pytest.raises(UserError, match="path is empty"):
         load_scorer("clip", path="")
+    with pytest.raises(UserError, match="scorer clip needs path: give path="):
+        load_scorer("clip")
+    with pytest.raises(
+        UserError, match="'openai' are a tag of open_clip's: give its arch, for example arch=ViT-L-14"
+    ):
+        load_scorer("clip", path="openai")
+    with pytest.raises(UserError, match="did you mean 'ViT-L-14'"):
+        load_scorer("clip", path="openai", arch="ViT-L14")
+    with pytest.raises(UserError, match="takes a mapping of label to scorer, not a list"):
+        score_all([], [])
 
 
 @pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])

@@ -160,6 +160,11 @@ def test_what_cannot_be_is_refused(path):
         ({"how": "mean"}, "unknown how"),
         ({"weights": {"b": 1.0}}, "unknown member in weights"),
         ({"spread": {"a": 0.0}}, "spread of a is 0"),
+        ({"how": "rank", "center": {"a": 1.0}}, "reads no center"),
+        (
+            {"how": "zscore", "center": {"a": 1.0}, "spread": {"a": 1.0}, "statistics": "x"},
+            "center and spread of a are given, and statistics too",
+        ),
         ({"how": "zscore"}, "needs center and spread of a"),
         ({"how": "votes", "weights": {"a": 0.0, "j": 0.0}}, "all weights are 0"),
     ):

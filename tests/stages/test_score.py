@@ -90,7 +90,9 @@ def test_a_prompt_that_cannot_be_graded_says_why(tmp_path):
     folder = write_pictures(tmp_path / "drawn", [RED])
     rows = read_jsonl(folder / "images.jsonl")
     write_jsonl(folder / "images.jsonl", [{**rows[0], "prompt": "a photo of a cat"}])
-    row = run(folder, tmp_path / "out")[0]
+    with pytest.raises(UserError, match=r"scorer scene could judge none of 1 pictures \(not a scene caption"):
+        run(folder, tmp_path / "out")
+    row = read_jsonl(tmp_path / "out" / "scores.jsonl")[0]  # complete all the same
     assert row["scores"]["scene"]["value"] is None and "not a scene caption" in row["errors"]["scene"]
 
 

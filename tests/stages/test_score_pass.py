@@ -79,6 +79,9 @@ def test_prompts_of_a_file_go_in_the_order_of_the_numbers(tmp_path):
     with pytest.raises(UserError, match="2 prompts for 3 pictures and no column"):
         prompts_of(folder, str(tmp_path / "short.txt"))
     assert prompts_of(folder, "a red cube") == dict.fromkeys(expected, "a red cube")
+    for source in (str(folder), "[a, b]"):
+        with pytest.raises(UserError, match=r"is no file of prompts|is a folder: give one file of it"):
+            prompts_of(folder, source)
 
 
 def test_prompts_of_a_file_go_by_name_where_it_says_one(tmp_path):
@@ -182,7 +185,8 @@ def test_what_has_no_score_is_not_kept(pictures, tmp_path, clip, capsys):
     rows = read_jsonl(pictures / "images.jsonl")
     write_jsonl(pictures / "images.jsonl", [{**row, "prompt": "no scene"} for row in rows])
     for out in ("a", "b"):
-        run(pictures, tmp_path / out, clip, **options)
+        with pytest.raises(UserError, match="could judge none of 9"):
+            run(pictures, tmp_path / out, clip, **options)
         assert "cache: 0 of 9 scores were known" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache=.*file cannot be used"):
@@ -426,7 +430,8 @@ def test_odd_names_and_places(pictures, tmp_path, clip):
 def test_earlier_errors_of_other_scorers_stay(pictures, tmp_path, clip):
     rows = read_jsonl(pictures / "images.jsonl")
     write_jsonl(pictures / "images.jsonl", [{**row, "prompt": "no scene"} for row in rows])
-    run(pictures, tmp_path / "a", clip, scorers={"scene": {}})
+    with pytest.raises(UserError, match="could judge none of 9"):
+        run(pictures, tmp_path / "a", clip, scorers={"scene": {}})
     again = run(tmp_path / "a", tmp_path / "b", clip, scorers={"jpeg": {}})
     assert "not a scene caption" in again[0]["errors"]["scene"] and "jpeg" in again[0]["scores"]
 
