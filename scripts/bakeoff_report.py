@@ -124,7 +124,10 @@ def results_table(
         ]
         implicit = np.mean([r["implicit"]["estimate"] for r in found])
         vendi = np.mean([r["drift"]["vendi"]["ratio"] for r in found])
-        own = "; ".join(signed(r["own_reward"]["gain"]) for r in found if r["own_reward"]) or "-"
+        gains = [r["own_reward"]["gain"] for r in found if r["own_reward"]]
+        own = "; ".join(map(signed, gains)) or "-"
+        if len(gains) > 1:
+            own = f"{signed(together(gains))} ({own})"
         cells = [
             name,
             interval(pooled_win_rate(found)),
@@ -186,6 +189,15 @@ def settings_table(
     return lines
 
 
+def together(gains: list[dict[str, float]]) -> dict[str, float]:
+    """The mean gain of several seeds, with an interval that is too wide rather than too narrow.
+
+    All are held against one base, so they are not independent: the deviation of a mean is at most the mean of
+    the deviations, whatever they share.
+    """
+    return {key: float(np.mean([gain[key] for gain in gains])) for key in ("estimate", "low", "high")}
+
+
 def bars(tested: dict[str, list[dict[str, Any]]], own: tuple[str, ...]) -> dict[str, bool]:
     """What has to hold."""
     checks = {}
@@ -197,6 +209,9 @@ def bars(tested: dict[str, list[dict[str, Any]]], own: tuple[str, ...]) -> dict[
     for name in own:
         if name in tested:
             gains = [r["own_reward"]["gain"] for r in tested[name]]
+            checks[f"{name} improves its own reward: interval clear of 0, all seeds together"] = (
+                together(gains)["low"] > 0
+            )
             checks[f"{name} improves its own reward: interval clear of 0, every seed"] = all(
                 gain["low"] > 0 for gain in gains
             )

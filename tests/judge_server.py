@@ -34,6 +34,7 @@ class Reaction:
         drip: seconds between the bytes of the body.
         cut: the connection ends before the answer ("all") or in its middle ("half").
         finish: why the judge stopped.
+        raw: bytes sent in place of all this, and bytes sent after them for ever.
     """
 
     text: str = ""
@@ -44,6 +45,7 @@ class Reaction:
     drip: float = 0.0
     cut: str = ""
     finish: str = "stop"
+    raw: tuple[bytes, bytes] | None = None
 
     def content(self) -> bytes:
         if self.body is not None:
@@ -159,6 +161,11 @@ class JudgeServer:
     def _send(self, handler: BaseHTTPRequestHandler, reaction: Reaction) -> None:
         handler.close_connection = True
         if self._closing.wait(reaction.delay) or reaction.cut == "all":
+            return
+        if reaction.raw:
+            handler.wfile.write(reaction.raw[0])
+            while reaction.raw[1] and not self._closing.wait(0.05):
+                handler.wfile.write(reaction.raw[1])
             return
         content = reaction.content()
         handler.send_response(reaction.status)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffalign.common.errors import UserError, brief
-from diffalign.scorers._judge_prompts import Answer, Question
+from diffalign.scorers._judge_prompts import Answer, Question, printable, quoted
 from diffalign.scorers._towers import DTYPES
 from diffalign.scorers._weights import content_of, hub_folder
 
@@ -38,10 +38,7 @@ class LocalJudge:
         """Returns the network."""
         return [self._model]
 
-    def quoted(self, text: str) -> str:
-        """Returns the beginning of an answer as one line."""
-        line = " ".join(text.split())
-        return line if len(line) <= 60 else line[:60] + "..."
+    quoted = staticmethod(quoted)
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Returns the answers, in order."""
@@ -50,7 +47,7 @@ class LocalJudge:
             try:
                 answers.append(self._answer(question))
             except Exception as error:  # a prompt with the picture's token in it, memory: the next may do
-                answers.append(Answer(error=brief(error), failure="refused"))
+                answers.append(Answer(error=printable(brief(error)), failure="refused"))
         return answers
 
     @torch.no_grad()

@@ -19,8 +19,11 @@ against the others; the mean over a group is 0.5 where all answers could be read
 are asked about in both orders and the shares averaged, which takes out a judge's liking for the first place:
 k (k - 1) questions for k pictures. A pair with an answer that cannot be read counts for neither.
 
+Equal pictures share evenly, and nothing is asked about the two.
+
 Parts beside those: `unparsed`, answers about this picture that came and could not be read; `unanswered`,
-questions about it that got no answer. A picture without a value is NaN and `errors` says why.
+questions about it that got no answer. A picture without a value is NaN and `errors` says why. A server that
+is gone, or that leaves all of several questions without an answer, stops the run, which can be started again.
 Convention: temperature 0, pictures as PNG. UnifiedReward's client sends JPEG of quality 95 (as
 image_format=jpeg does); its scripts for transformers decode as the weights' generation config says, which may
 be sampling.
@@ -35,7 +38,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
@@ -44,16 +47,21 @@ from diffalign.scorers._base import Scorer, Scores
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from diffalign.scorers._base import Images
     from diffalign.scorers._judge_local import LocalJudge
+    from diffalign.scorers._judge_pairs import Group, Result
     from diffalign.scorers._judge_prompts import Question, Rubric
     from diffalign.scorers._judge_server import ServerJudge
 
 DTYPES = ("fp32", "bf16", "fp16")
 FORMATS = ("png", "jpeg")
 KEY = "OPENAI_API_KEY"
+MOST_REFUSED = 16
+"""Questions that the judge may refuse, with none answered so far, before that stops the run."""
+PATH_ONLY = ("revision", "dtype", "trust_remote_code")
+SERVER_ONLY = ("model", "api_key_env", "timeout", "retries", "workers", "image_format", "temperature", "seed")
+"""Options that only one kind of judge has."""
 
 
 @dataclass(kw_only=True)
@@ -63,22 +71,26 @@ class Plugin(Scorer):
     Args:
         server: address of an OpenAI-compatible API, such as http://localhost:8000/v1.
         model: name of the model on the server; may be left out where the server has one alone.
-        api_key_env: name of the environment variable with the key for the server; null sends none.
+        api_key_env: name of the environment variable with the key for the server; null sends none; auto is
+            OPENAI_API_KEY where that is set, and refuses to send it unencrypted (http) to another machine.
         timeout: seconds for an answer of the server.
         retries: further tries after a fault of the server or the connection, with growing pauses.
         workers: questions under way at once.
         image_format: png | jpeg, how pictures go to the server.
         temperature: of the server's sampling; 0 is greedy.
+        seed: of the server's sampling; null sends none.
         path: folder or hub id of a model for transformers, with its processor.
         revision: of a hub id.
         dtype: fp32 | bf16 | fp16, what the model at `path` computes in; published judges are in bf16.
         trust_remote_code: run the Python files that come with the weights at `path`.
         rubric: one of the built-in ones, see above.
         prompt: a question of your own about one picture; {prompt} stands for its prompt.
-        pattern: regular expression for it, whose one group is the number; the last match counts.
+        pattern: regular expression of the label before the number, and {number} behind it, such as
+            Score{number}, which reads as the built-in rubrics do; or one whose one group is the number.
+            The last match counts.
         low: lowest legal number; one outside cannot be read.
         high: highest legal number.
-        max_tokens: longest answer.
+        max_tokens: longest answer; null sends the server no limit.
         both_orders: ask about each two pictures in both orders; else in one that their pixels decide.
     """
 
@@ -86,12 +98,13 @@ class Plugin(Scorer):
 
     server: str | None = None
     model: str | None = None
-    api_key_env: str | None = KEY
+    api_key_env: str | None = "auto"
     timeout: float = 120.0
     retries: int = 4
     workers: int = 8
     image_format: Literal["png", "jpeg"] = "png"
     temperature: float = 0.0
+    seed: int | None = 0
     path: str | None = None
     revision: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -101,31 +114,30 @@ class Plugin(Scorer):
     pattern: str | None = None
     low: float | None = None
     high: float | None = None
-    max_tokens: int = 2048
+    max_tokens: int | None = 2048
     both_orders: bool = True
 
     def __post_init__(self) -> None:
         self._check_place()
-        for what, value, known in (
-            ("dtype", self.dtype, DTYPES),
-            ("image_format", self.image_format, FORMATS),
-        ):
+        for what, known in (("dtype", DTYPES), ("image_format", FORMATS)):
+            value = getattr(self, what)
             if value not in known:
                 raise unknown(f"{what} of scorer judge", value, known)
-        for what, number, least in (
-            ("retries", self.retries, 0),
-            ("workers", self.workers, 1),
-            ("max_tokens", self.max_tokens, 1),
-            ("temperature", self.temperature, 0),
-        ):
-            if not least <= number < math.inf:
+        for what, least in (("retries", 0), ("workers", 1), ("max_tokens", 1), ("temperature", 0)):
+            number = getattr(self, what)
+            if number is not None and not least <= number < math.inf:
                 raise UserError(f"scorer judge: {what} is {number}: use {least} or more")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"scorer judge: timeout is {self.timeout}: use seconds above 0")
         self._asks = self._own_rubric() if self.rubric is None else self._built_in()
+        if not (self.both_orders or self._asks.pair):
+            raise UserError(
+                "scorer judge: both_orders= is for rubrics that compare two pictures: leave it out"
+            )
         self.scale = self._asks.name
+        self.batch_size = max(32, 4 * self.workers)  # the workers wait for each other at the end of a batch
         self._judge: ServerJudge | LocalJudge | None = None
-        self._answered = False
+        self._answered, self._refused = False, 0
 
     def _check_place(self) -> None:
         """Checks that there is one judge, and no option of the other kind."""
@@ -133,17 +145,17 @@ class Plugin(Scorer):
             raise UserError(
                 "scorer judge: give either server= (http://localhost:8000/v1) or path= (folder or hub id)"
             )
+        here, there = ("path", "server") if self.path else ("server", "path")
+        defaults = {each.name: each.default for each in fields(self)}
+        for what in SERVER_ONLY if self.path else PATH_ONLY:
+            if getattr(self, what) != defaults[what]:
+                raise UserError(
+                    f"scorer judge: {what}= is for {there}=, and {here}= is given: leave one of them out"
+                )
         if self.path:
-            for what, set_here in (("model", self.model is not None), ("temperature", self.temperature != 0)):
-                if set_here:
-                    raise UserError(f"scorer judge: {what}= is for server=, and path={self.path} is given")
+            if self.max_tokens is None:
+                raise UserError("scorer judge: max_tokens= of a judge at path= is a number, such as 2048")
             return
-        for what, given in (
-            ("revision", self.revision is not None),
-            ("trust_remote_code", self.trust_remote_code),
-        ):
-            if given:
-                raise UserError(f"scorer judge: {what}= is for path=, and server= is given")
         assert self.server is not None
         try:
             parts = urlsplit(self.server)
@@ -161,10 +173,11 @@ class Plugin(Scorer):
             raise UserError(
                 f"scorer judge: server={self.server} is no address: give one such as http://localhost:8000/v1"
             )
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+        if self.api_key_env not in (None, "auto") and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
             # Not repeated: it may be the key itself, and most keys have small letters.
             raise UserError(
-                f"scorer judge: api_key_env= is no name of an environment variable (capitals): such as {KEY}"
+                "scorer judge: api_key_env= is no name of an environment variable (capitals, such as "
+                f"{KEY}), auto or null"
             )
 
     def _built_in(self) -> Rubric:
@@ -205,7 +218,7 @@ class Plugin(Scorer):
         else:
             from diffalign.scorers._judge_local import open_local
 
-            assert self.path is not None
+            assert self.path is not None and self.max_tokens is not None
             self._judge, name = open_local(
                 self.path,
                 revision=self.revision,
@@ -219,50 +232,60 @@ class Plugin(Scorer):
 
     def _reach(self, url: str) -> tuple[ServerJudge, str]:
         """Returns the judge at a server, which is asked for its list of models, and the name of its model."""
-        from diffalign.scorers._judge_server import Request, ServerJudge, Wire, models_of
+        from diffalign.scorers._judge_server import ServerJudge, models_of
+        from diffalign.scorers._judge_wire import Wire
 
         wire = Wire(url, self._key())
-        listed = models_of(wire, url, timeout=self.timeout)
+        listed = models_of(wire, timeout=self.timeout)
         if self.model is None and len(listed) != 1:
             names = f"it has {', '.join(listed)}" if listed else "it does not list its models"
-            raise UserError(f"scorer judge: give model=, the name of one on server {url}: {names}")
+            raise UserError(f"scorer judge: give model=, the name of one on server {url}: {wire.safe(names)}")
         model = self.model or next(iter(listed))
-        request = Request(
-            url=url,
-            model=model,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
+        settings = {name: getattr(self, name) for name in ("max_tokens", "temperature", "seed")}
+        judge = ServerJudge(
+            wire=wire,
+            settings={"model": model, **{name: each for name, each in settings.items() if each is not None}},
             image_format=self.image_format,
             timeout=self.timeout,
             retries=self.retries,
             workers=self.workers,
+            known=list(listed),
         )
         root = listed.get(model, "")  # vLLM says which weights a served name stands for
-        name = wire.safe(model if root in ("", model) else f"{model}={root}")
-        return ServerJudge(request, wire, list(listed)), name
+        return judge, wire.safe(model if root in ("", model) else f"{model}={root}")
 
     def _key(self) -> str | None:
         """Returns the key for the server, None where there is none; it is never kept among the options."""
+        from diffalign.scorers._judge_wire import is_here
+
         if self.api_key_env is None:
             return None
-        key = os.environ.get(self.api_key_env, "").strip()
+        named = self.api_key_env != "auto"
+        name = self.api_key_env if named else KEY
+        key = os.environ.get(name, "").strip()
         if not key:
-            if self.api_key_env != KEY:
+            if named:  # not repeated: it may be the key itself
                 raise UserError(
-                    f"scorer judge: the environment variable {self.api_key_env} with the key is not set"
+                    "scorer judge: the environment variable that api_key_env= names, with the key, is not set"
                 )
             return None
         if not re.fullmatch(r"[!-~]+", key):
+            raise UserError(f"scorer judge: {name} holds spaces or signs that no key has: set it again")
+        assert self.server is not None
+        if not (named or urlsplit(self.server).scheme == "https" or is_here(self.server)):
             raise UserError(
-                f"scorer judge: {self.api_key_env} holds spaces or signs that no key has: set it again"
+                f"scorer judge: {KEY} would go to {self.server} unencrypted: use https, or give "
+                f"api_key_env=null to send no key, or api_key_env={KEY} to send it all the same"
             )
         return key
 
     def _rubric_hash(self) -> str:
         """Returns a short name of what is asked and how it is read, and of what else decides an answer."""
-        content = [self._asks.name, self._asks.text, self._asks.settings, self.max_tokens]
+        from diffalign.scorers._judge_prompts import RULE
+
+        content: list[object] = [RULE, self._asks.name, self._asks.text, self._asks.settings, self.max_tokens]
         if self.server:
-            content += [self.temperature, self.image_format]
+            content += [float(self.temperature), self.seed, self.image_format]
         else:
             content += [self.dtype]
         if self._asks.pair:
@@ -282,6 +305,7 @@ class Plugin(Scorer):
     def _score_batch(
         self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None
     ) -> Scores:
+        from diffalign.scorers._judge_pairs import counts, scores_of
         from diffalign.scorers._pixels import as_pictures
 
         assert prompts is not None
@@ -290,101 +314,79 @@ class Plugin(Scorer):
             for prompt, picture in zip(prompts, as_pictures(images), strict=True)
         ]
         results = self._ask(questions)
-        rows = [{**result.read, **_counts([result])} for result in results]
-        return _scores(rows, [result.problem for result in results], self._asks.parts)
+        rows = [{**result.read, **counts([result])} for result in results]
+        return scores_of(rows, [result.problem for result in results], self._asks.parts)
+
+    def _score_groups(
+        self, images: Images, prompts: list[str] | None, context: list[Mapping[str, Any]] | None
+    ) -> Scores:
+        from diffalign.scorers._judge_pairs import group_of
+
+        assert prompts is not None
+        groups: dict[Any, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            named = context[place].get("group") if context else None
+            groups.setdefault(prompt if named is None else named, []).append(place)
+        found: list[Scores] = []
+        waiting: list[Group] = []
+        for places in groups.values():
+            chosen: Any = [images[i] for i in places] if isinstance(images, list) else images[places]
+            waiting.append(group_of(chosen, prompts[places[0]], self._asks, self.both_orders))
+            # As many at a time as keep the workers busy: all pictures at once may not fit into memory.
+            if sum(len(group.questions) for group in waiting) >= self.batch_size:
+                found += self._score_waiting(waiting)
+                waiting = []
+        found += self._score_waiting(waiting)
+        order = [place for places in groups.values() for place in places]
+        return Scores.cat(found).take(sorted(range(len(order)), key=order.__getitem__))
 
     def _score_group(
         self, images: Images, prompt: str | None, context: list[Mapping[str, Any]] | None
     ) -> Scores:
-        from diffalign.scorers._pixels import as_pictures
+        from diffalign.scorers._judge_pairs import group_of
 
         assert prompt is not None
-        pictures = as_pictures(images)
-        shown = self._orders(pictures)
-        asked = self._ask([self._asks.question(prompt, pictures[one], pictures[two]) for one, two in shown])
-        rows, errors = [], []
-        for place in range(len(pictures)):
-            about = [(pair, result) for pair, result in zip(shown, asked, strict=True) if place in pair]
-            row = {name: _mean_share(place, about, name) for name in ("", *self._asks.parts)}
-            rows.append({**row, **_counts([result for _, result in about])})
-            alone = "a judge of pairs needs two pictures of a prompt, and this is the only one"
-            problem = next((result.problem for _, result in about if result.problem), alone)
-            errors.append(problem if math.isnan(row[""]) else None)
-        return _scores(rows, errors, self._asks.parts)
+        return self._score_waiting([group_of(images, prompt, self._asks, self.both_orders)])[0]
 
-    def _orders(self, pictures: list[Image.Image]) -> list[tuple[int, int]]:
-        """Returns which two pictures are shown, in which order, for each question about a group."""
-        if self.both_orders:
-            return list(itertools.permutations(range(len(pictures)), 2))
-        # Not the order in which they came: values would depend on it, as judges like the first place.
-        by_pixels = [hashlib.sha256(f"{image.size}".encode() + image.tobytes()) for image in pictures]
-        digests = [digest.digest() for digest in by_pixels]
-        ranked = sorted(range(len(pictures)), key=digests.__getitem__)
-        return list(itertools.combinations(ranked, 2))
+    def _score_waiting(self, groups: Sequence[Group]) -> list[Scores]:
+        """Returns the scores of groups whose questions are asked together."""
+        from diffalign.scorers._judge_pairs import shares_of
 
-    def _ask(self, questions: list[Question]) -> list[_Result]:
+        results = iter(self._ask([question for group in groups for question in group.questions]))
+        return [
+            shares_of(group, list(itertools.islice(results, len(group.questions))), self._asks.parts)
+            for group in groups
+        ]
+
+    def _ask(self, questions: list[Question]) -> list[Result]:
         """Returns what became of each question.
 
         Raises:
-            UserError: the server is gone, or the judge takes none of the first questions.
+            UserError: the server is gone, several questions got no answer at all, or the judge refused
+                each of the first MOST_REFUSED.
         """
+        from diffalign.scorers._judge_pairs import Result
+
         judge = self._loaded
         answers = judge.ask(questions)
-        failures = {answer.failure for answer in answers}
-        if failures == {"down"}:
+        refused, lost = (
+            [each.error for each in answers if each.failure == kind] for kind in ("refused", "lost")
+        )
+        answered = len(refused) + len(lost) < len(answers)
+        self._answered = self._answered or answered
+        self._refused += len(refused)
+        if refused and not self._answered and self._refused >= MOST_REFUSED:
+            raise UserError(f"scorer judge: the judge answers no question: {refused[0]}")
+        if lost and not answered and len(answers) > 1:
             raise UserError(
-                f"scorer judge: server {self.server} is not reached any more ({answers[0].error}): start it "
+                f"scorer judge: none of {len(answers)} questions got an answer ({lost[0]}): see to the judge "
                 "and run again"
             )
-        if failures == {"refused"} and not self._answered:
-            raise UserError(f"scorer judge: the judge answers no question: {answers[0].error}")
-        self._answered = self._answered or None in failures
         results = []
         for answer in answers:
             read, problem = self._asks.read(answer), answer.error
             if problem is None and math.isnan(read[""]):
                 cut = f", cut at max_tokens={self.max_tokens}" if answer.cut else ""
                 problem = f"no score can be read in the answer{cut}: '{judge.quoted(answer.text)}'"
-            results.append(_Result(read, problem, answered=answer.error is None))
+            results.append(Result(read, problem, answered=answer.error is None))
         return results
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What became of one question: what was read, and why no value could be."""
-
-    read: dict[str, float]
-    problem: str | None
-    answered: bool
-
-
-def _counts(results: Sequence[_Result]) -> dict[str, float]:
-    """Returns how many answers could not be read, and how many did not come."""
-    unanswered = sum(not result.answered for result in results)
-    return {
-        "unparsed": sum(result.problem is not None for result in results) - unanswered,
-        "unanswered": unanswered,
-    }
-
-
-def _mean_share(place: int, about: Sequence[tuple[tuple[int, int], _Result]], name: str) -> float:
-    """Returns the mean of a picture's shares against the others; NaN without one.
-
-    Those of one pair, in both orders, are averaged first, and count only where all could be read.
-    """
-    of_pair: dict[int, list[float]] = {}
-    for (one, two), result in about:
-        share = result.read[name]
-        of_pair.setdefault(two if one == place else one, []).append(share if one == place else 1 - share)
-    means = [sum(shares) / len(shares) for shares in of_pair.values()]
-    legal = [mean for mean in means if not math.isnan(mean)]
-    return sum(legal) / len(legal) if legal else math.nan
-
-
-def _scores(rows: Sequence[Mapping[str, float]], errors: list[str | None], parts: tuple[str, ...]) -> Scores:
-    """Returns rows of numbers by name as scores; "" is the value."""
-    import torch
-
-    names = ("", *parts, "unparsed", "unanswered")
-    columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float32) for name in names}
-    return Scores(columns.pop(""), parts=columns, errors=errors)

@@ -1,4 +1,4 @@
-"""The judge: what is asked and sent, what is read of an answer, and what becomes of faults."""
+"""The judge: what is asked and sent, what becomes of answers, and its options."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from diffalign.common.errors import UserError
 from diffalign.scorers import _judge_prompts as prompts
-from diffalign.scorers._judge_prompts import RUBRICS, Answer
+from diffalign.scorers._judge_prompts import RUBRICS
 from diffalign.scorers.judge import Plugin
 from tests.judge_server import (
     POINT,
@@ -28,7 +27,6 @@ from tests.judge_server import (
     pictures,
 )
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "scorers"
 PAIR = {"rubric": "unifiedreward_pair"}
 _contract: list[JudgeServer] = []
 
@@ -107,102 +105,7 @@ def test_workers_bound_the_questions_under_way():
         assert server.most_under_way == 2
 
 
-# What is read
-
-
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        ("Final Score: 4", 4),
-        ("cat (object): 1\nFinal Score: 3.25.", 3.25),
-        ("**Final Score:** 2", 2),
-        ("**final score**: 2/5", 2),
-        ("Final Score: 4\n- 3 things are missing", 4),
-        ("Final Score: 2? I think it over. Final Score: 5", 5),
-        ("Final Score: 10", math.nan),
-        ("Final Score: 0.9", math.nan),
-        ("Final Score: -4", math.nan),
-        ("Final Score: 4/10", math.nan),
-        ("Final Score: 4.5/10", math.nan),
-        ("Final Score: 45/100", math.nan),
-        ("Final Score: 40%", math.nan),
-        ("Final Score: 3-4", math.nan),
-        ("Final Score: 3 to 4", math.nan),
-        ("Final Score: 3,5", math.nan),
-        ("Final Score: 4e5", math.nan),
-        ("Final Score: 3.5.1", math.nan),
-        ("Final Score: four", math.nan),
-        ("Score: 4", math.nan),
-        ("", math.nan),
-    ],
-)
-def test_point_scores(answer, value):
-    assert RUBRICS["unifiedreward_point"].read(Answer(answer))[""] == pytest.approx(value, nan_ok=True)
-
-
-def test_a_number_at_the_end_of_a_cut_answer_is_no_score():
-    """Of "2.69" a limit may leave "2." or "2.6"."""
-    read = RUBRICS["unifiedreward_point"].read
-    for text in ("Final Score: 2", "Final Score: 2.", "Final Score: 2.6\n"):
-        assert math.isnan(read(Answer(text, cut=True))[""])
-        assert not math.isnan(read(Answer(text))[""])
-    assert math.isnan(read(Answer("Final Score: 4 or so. Final Score: 2.", cut=True))[""])
-    assert read(Answer("Final Score: 2.69, since it", cut=True))[""] == 2.69
-    shares = "".join(f"{axis} Score:\n Image 1: 0.4\n Image 2: 0.6\n" for axis in ("Alignment", "Coherence"))
-    row = RUBRICS["unifiedreward_pair"].read(
-        Answer(shares + "Style Score:\n Image 1: 0.5\n Image 2: 0.5", True)
-    )
-    assert row["coherence"] == pytest.approx(0.4) and math.isnan(row["style"]) and math.isnan(row[""])
-
-
-def test_axes():
-    text = "Alignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.371500015258789\n"
-    read = RUBRICS["unifiedreward_acs"].read
-    row = read(Answer(text + "Style Score (1-5): 2.802500009536743"))
-    assert row == {
-        "": pytest.approx((2.6947 + 2.3715 + 2.8025) / 3),
-        "alignment": pytest.approx(2.6947),
-        "coherence": pytest.approx(2.3715),
-        "style": pytest.approx(2.8025),
-    }
-    assert read(Answer("**Alignment Score**: 1\n**Coherence Score:** 2\nStyle Score: 3"))[""] == 2
-    lacking = read(Answer(text + "Style Score (1-5): 7"))
-    assert lacking["alignment"] == pytest.approx(2.6947)
-    assert math.isnan(lacking["style"]) and math.isnan(lacking[""])
-
-
-def shares_text(*shares: tuple[float, float]) -> str:
-    axes = ("Alignment", "Coherence", "Style")
-    rows = zip(axes, shares, strict=True)
-    return "\n\n".join(f"{axis} Score:\n Image 1: {one}\n Image 2: {two}" for axis, (one, two) in rows)
-
-
-def test_shares_of_a_pair():
-    read = RUBRICS["unifiedreward_pair"].read
-    row = read(Answer(shares_text((0.4357, 0.5643), (1, 0), (0.50, 0.51))))
-    assert row["alignment"] == pytest.approx(0.4357) and row["coherence"] == 1
-    assert row["style"] == pytest.approx(50 / 101)
-    assert row[""] == pytest.approx((0.4357 + 1 + 50 / 101) / 3)
-    for wrong in ((0.5, 0.6), (-0.2, 1.2), (4, 5), (0, 0)):
-        row = read(Answer(shares_text((0.4, 0.6), wrong, (0.4, 0.6))))
-        assert math.isnan(row[""]) and math.isnan(row["coherence"]) and row["style"] == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        ("So, Image 1 is better.", 1),
-        ("**Image 2** is better", 0),
-        ("Image 1 is better in colour. Overall, Image 2 is better.", 0),
-        ("Both images are equally good.", 0.5),
-        ("Image 1 is better than Image 2.", 1),
-        ("Image 12 is better", math.nan),
-        ("Neither is any good", math.nan),
-        ("", math.nan),
-    ],
-)
-def test_verdicts(answer, value):
-    assert RUBRICS["unifiedreward_pair_v1"].read(Answer(answer))[""] == pytest.approx(value, nan_ok=True)
+# What becomes of it
 
 
 def test_a_question_of_ones_own():
@@ -221,25 +124,6 @@ def test_a_question_of_ones_own():
     expect(scores.values, [7, math.nan, math.nan])
     assert scorer.scale == "own -5 to 50" and not scorer.relative
     assert scorer.version != other.version
-
-
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        ("Score: 9", 9),
-        ("score: 10.", 10),
-        ("Score: 9/10", 9),
-        ("Score: 4/5", math.nan),
-        ("Score: 11", math.nan),
-        ("Score: 7.5", math.nan),
-        ("Score: 7-8", math.nan),
-    ],
-)
-def test_the_example_of_ones_own_question_reads_what_it_asks_for(answer, value):
-    recipe = yaml.safe_load((CONFIGS / "judge.yaml").read_text(encoding="utf-8"))
-    rubric = Plugin(**recipe["scorers"]["judge"])._asks
-    assert rubric.read(Answer(answer))[""] == pytest.approx(value, nan_ok=True)
-    assert "a cat" in rubric.question("a cat").text
 
 
 def test_what_cannot_be_read_is_nan_and_quoted_shortly():
@@ -302,6 +186,33 @@ def test_a_liking_for_the_first_place_falls_out():
         assert fair.version != cheap.version
 
 
+@pytest.mark.parametrize("both_orders", [True, False])
+def test_equal_pictures_share_evenly_without_a_question(both_orders):
+    one, two = pictures(2)
+    with JudgeServer(["Image 1 is better."]) as server:
+        scorer = judge(server, rubric="unifiedreward_pair_v1", both_orders=both_orders)
+        scores = scorer.score([one, one.copy()], ["a"] * 2)
+        assert not server.questions
+        expect(scores.values, [0.5, 0.5])
+        expect(scores.parts["unanswered"], [0, 0])
+        values = scorer([one, two, one.copy()], ["a"] * 3)
+        assert len(server.questions) == (4 if both_orders else 2)
+    assert values[0] == values[2] and values.mean().item() == pytest.approx(0.5)
+
+
+def test_the_questions_of_all_groups_are_asked_together():
+    images, texts = pictures(6), ["a", "b", "c", "a", "b", "c"]
+    light = [brightness(image) for image in images]
+    with JudgeServer(lambda seen: Reaction(by_brightness(seen), delay=0.1)) as server:
+        scorer = judge(server, workers=6, **PAIR)
+        values = scorer(images, texts)
+        assert server.most_under_way > 2  # a group has two questions
+        scorer.batch_size = 1  # a group at a time
+        expect(scorer(images, texts), values.tolist())
+        assert judge(server, workers=2).batch_size == 32 and judge(server, workers=20).batch_size == 80
+    expect(values, [light[i] / (light[i] + light[(i + 3) % 6]) for i in range(6)])
+
+
 def test_a_pair_that_cannot_be_read_counts_for_neither():
     images = pictures(3)
     light = [brightness(image) for image in images]
@@ -331,9 +242,30 @@ def test_groups_can_be_compared_directly():
     assert all(group.values[1] > group.values[0] for group in groups)
 
 
+def test_the_version_tells_how_answers_are_read(monkeypatch):
+    with JudgeServer(by_brightness) as server:
+        version = judge(server).version
+        assert judge(server, temperature=0).version == version
+        monkeypatch.setattr(prompts, "RULE", "rule-0")
+        assert judge(server).version != version
+
+
+def test_null_leaves_a_setting_out():
+    with JudgeServer(by_brightness) as server:
+        judge(server, seed=None, max_tokens=None)(pictures(1), ["a"])
+        assert set(server.questions[0].body) == {"model", "messages", "temperature", "stream"}
+
+
 def test_versions_tell_rubrics_and_settings_apart():
     with JudgeServer(by_brightness) as server:
-        options = [{}, {"max_tokens": 5}, {"temperature": 0.5}, {"rubric": "unifiedreward_acs"}, PAIR]
+        options = [
+            {},
+            {"max_tokens": 5},
+            {"temperature": 0.5},
+            {"seed": 1},
+            {"rubric": "unifiedreward_acs"},
+            PAIR,
+        ]
         versions = [judge(server, **each).version for each in options]
         assert len(set(versions)) == len(options)
         assert judge(server, workers=3, timeout=9.0, retries=3).version == versions[0]
@@ -359,7 +291,16 @@ OWN = {"prompt": "{prompt}", "pattern": r"(\d)", "low": 0, "high": 9}
         ({**HERE, **OWN, "pattern": r"\d"}, "has 0 groups"),
         ({**HERE, **OWN, "high": 0}, "low=0 is not below high=0"),
         ({**HERE, **OWN, "low": math.nan}, "low=nan is not below"),
-        ({**HERE, **POINT, "dtype": "fp8"}, "unknown dtype"),
+        ({**POINT, "path": "x", "dtype": "fp8"}, "unknown dtype"),
+        ({**HERE, **POINT, "dtype": "fp32"}, "dtype= is for path="),
+        ({**POINT, "path": "x", "image_format": "jpeg"}, "image_format= is for server="),
+        ({**POINT, "path": "x", "workers": 2}, "workers= is for server="),
+        ({**POINT, "path": "x", "api_key_env": None}, "api_key_env= is for server="),
+        ({**POINT, "path": "x", "max_tokens": None}, "max_tokens= of a judge at path= is a number"),
+        ({**HERE, **POINT, "both_orders": False}, "both_orders= is for rubrics that compare"),
+        ({**HERE, **OWN, "pattern": "Score{number}!"}, "must end it"),
+        ({**HERE, **OWN, "pattern": "{number}"}, "behind a label"),
+        ({**HERE, **OWN, "pattern": "(Score{number}"}, "no regular expression"),
         ({**HERE, **POINT, "image_format": "gif"}, "unknown image_format"),
         ({**HERE, **POINT, "retries": -1}, "retries is -1"),
         ({**HERE, **POINT, "workers": 0}, "workers is 0"),

@@ -109,10 +109,12 @@ def answers_of(folder: Path, asked: list[tuple[str, list[Image.Image]]]) -> list
 
 
 def last_digits(texts: list[str]) -> list[float]:
-    """What OWN reads in answers that are cut: a digit at their very end is torn."""
+    """What OWN reads in answers that are cut: a digit with no more than a word behind it is torn."""
     found = [[m for m in re.finditer(r"\d", text)] for text in texts]
     return [
-        float(each[-1][0]) if each and text[each[-1].end() :].strip(".") else float("nan")
+        float(each[-1][0])
+        if each and not re.fullmatch(r"[\W_]*\w*", text[each[-1].end() :])
+        else float("nan")
         for each, text in zip(found, texts, strict=True)
     ]
 
@@ -183,8 +185,10 @@ def test_a_prompt_that_the_processor_refuses_costs_itself_alone(folder):
     expect(scores.values[[0, 2]], good[[0, 2]].tolist())
     assert scores.values[1].isnan() and "image" in scores.errors[1]
     expect(scores.parts["unanswered"], [0, 1, 0])
+    hopeless = judge(folder, **OWN)
+    assert hopeless(pictures(6), ["an <image> tag"] * 6).isnan().all()
     with pytest.raises(UserError, match="answers no question"):
-        judge(folder, **OWN)(images[:1], ["an <image> tag"])
+        hopeless(pictures(6) + pictures(4), ["an <image> tag"] * 10)
 
 
 def test_weights_are_frozen_shared_and_named(folder):

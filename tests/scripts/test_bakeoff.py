@@ -112,9 +112,19 @@ def test_the_bars_can_be_met_and_missed(report: Any) -> None:
             row("test", "dragon_set", 0, seed, "11", own_reward={"gain": GAIN}) for seed in (0, 1)
         ],
     }
-    assert list(report.bars(tested, ("dragon_set",)).values()) == [True, False, True]
-    tested["dragon_set"][1]["own_reward"] = {"gain": {**GAIN, "low": -0.01}}
-    assert list(report.bars(tested, ("dragon_set",)).values()) == [True, False, False]
+    assert list(report.bars(tested, ("dragon_set",)).values()) == [True, False, True, True]
+    tested["dragon_set"][1]["own_reward"] = {"gain": {**GAIN, "low": -0.9 * GAIN["low"]}}
+    assert list(report.bars(tested, ("dragon_set",)).values()) == [True, False, True, False]
+    tested["dragon_set"][1]["own_reward"] = {"gain": {**GAIN, "low": -1.1 * GAIN["low"]}}
+    assert list(report.bars(tested, ("dragon_set",)).values()) == [True, False, False, False]
+
+
+def test_gains_of_several_seeds_together(report: Any) -> None:
+    """Two seeds that say the same know no more than one; the mean of deviations bounds that of the mean."""
+    one = {"estimate": 0.2, "low": 0.1, "high": 0.3}
+    assert report.together([one, one]) == pytest.approx(one)
+    other = {"estimate": 0.0, "low": -0.3, "high": 0.3}
+    assert report.together([one, other]) == pytest.approx({"estimate": 0.1, "low": -0.1, "high": 0.3})
 
 
 def test_the_page_shows_every_setting_and_what_it_took(report: Any) -> None:
