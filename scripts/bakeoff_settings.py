@@ -71,20 +71,6 @@ ASKED: dict[str, list[Method]] = {
         # The paper's margin has a quarter of the pull of its SFT term, and never saturates.
         Method(lambda _: MaPO(beta=1.0, form="paper"), lr=4e-4),
     ],
-    "smpo": [
-        # Five steps imply noise of std 0.5, correlated 0.5 with the picture; twenty steps 0.8 and 0.2.
-        Method(
-            lambda _: SmPO(
-                beta=2000.0,
-                scorer="scene",
-                inversion="ddim",
-                inversion_grid="own",
-                inversion_steps=20,
-                inverter="reference",
-            ),
-            lr=4e-4,
-        ),
-    ],
 }
 """Method -> settings tried after the others had been seen, to say why; never chosen from."""
 
