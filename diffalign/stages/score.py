@@ -62,8 +62,8 @@ def score(
         limit: score the first so many pictures only.
         group: write ranking.jsonl, too: the pictures of each prompt from best to worst by the first scorer,
             with their ranks by all; pictures without a prompt are one group.
-        compare: a folder that `score` wrote of the same prompts and seeds: print how often these pictures
-            beat those, and write comparison.json.
+        compare: a folder that `score` wrote of the same prompts and seeds (of pictures without seeds: of the
+            same names): print how often these pictures beat those, and write comparison.json.
         table: write scores.csv or scores.parquet, too, a flat column for each scorer and part.
         cache: a folder that keeps scores by picture, prompt and scorer, and gives known ones again.
         batch_size: pictures decoded and scored at a time.
@@ -81,11 +81,11 @@ def score(
     recipe = resolved_recipe(score, locals())
     chosen = make_many("scorers", scorers)
     _refuse_bad_arguments(recipe)
-    rows, source = _pictures(images, prompts, limit, chosen)
-    others = None if compare is None else _other_shots(compare, list(chosen))
     share = _shares.my_share()
     if share.index > 0:
         silence()
+    rows, source = _pictures(images, prompts, limit, chosen)
+    others = None if compare is None else _other_shots(compare, list(chosen))
     ready = {label: scorer.load(_run.pick_device(device)) for label, scorer in chosen.items()}
     same = {
         "scorers": recipe["scorers"],
@@ -263,13 +263,12 @@ def _other_shots(other: str, names: list[str]) -> list[Shot]:
     Raises:
         UserError: they are not there, or have none of the scorers called `names`.
     """
-    from diffalign.evaluation.pairs import read_shots
     from diffalign.stages._image_rows import read_image_rows
 
     if not Path(other).exists():
         raise UserError(f"compare={other} does not exist: give a folder that score wrote")
     rows, folder = read_image_rows(Path(other) / "scores.jsonl" if Path(other).is_dir() else other)
-    shots = read_shots(rows, folder, f"compare={other}")
+    shots = _shots(rows, folder, f"compare={other}")
     theirs = dict.fromkeys(name for shot in shots for name in shot.scores)
     if not set(theirs) & set(names):
         raise UserError(
@@ -279,14 +278,23 @@ def _other_shots(other: str, names: list[str]) -> list[Shot]:
     return shots
 
 
+def _shots(rows: list[Row], folder: Path, name: str) -> list[Shot]:
+    """Returns rows as what `match` pairs: by prompt and seed, or by id where there are no seeds."""
+    from diffalign.evaluation.pairs import read_shots
+
+    if not any("seed" in row for row in rows):
+        rows = [{**row, "prompt_id": row["id"]} for row in rows]
+    return read_shots(rows, folder, name)
+
+
 def _compare(folder: Path, scored: list[Row], other: str, theirs: list[Shot]) -> None:
     """Prints and writes how often these pictures beat those of another scored folder."""
     from diffalign.common import files
     from diffalign.evaluation._table import verdict_lines
-    from diffalign.evaluation.pairs import match, read_shots
+    from diffalign.evaluation.pairs import match
     from diffalign.evaluation.report import verdicts
 
-    pairs = match(theirs, read_shots(scored, folder, str(folder)))
+    pairs = match(theirs, _shots(scored, folder, str(folder)))
     rewards = verdicts(pairs)
     files.write_json(folder / COMPARISON, {"base": other, "pairs": len(pairs), "rewards": rewards})
     print("\n".join([f"against {other}, {len(pairs)} pairs:", *verdict_lines(rewards)]))

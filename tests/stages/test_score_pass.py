@@ -351,6 +351,17 @@ def test_a_paired_comparison(pictures, tmp_path, clip, capsys):
     assert f"against {tmp_path / 'base'}, 9 pairs:" in shown and "0/3/6" in shown
 
 
+def test_pictures_without_seeds_are_compared_by_their_names(tmp_path, clip):
+    base = folder_of(tmp_path, ["1.png", "2.png", "3.png"])
+    given = {"scorers": {"jpeg": {}}, "prompts": "one prompt for all"}
+    run(base, tmp_path / "base", clip, **given)
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(base / "2.png")
+    run(base, tmp_path / "out", clip, compare=str(tmp_path / "base"), **given)
+    reward = read_json(tmp_path / "out" / "comparison.json")["rewards"]["jpeg"]
+    assert (reward["wins"], reward["ties"], reward["losses"]) == (1, 2, 0)
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_flat_table(pictures, tmp_path, clip, kind):
     (pictures / "images" / "4.png").write_bytes(b"")
