@@ -217,14 +217,15 @@ def learns_from_drafts(which: dict[str, Any]) -> bool:
 
 
 def prepare_drafts(out: Path, seed: int) -> None:
-    """The training pictures of a seed; adds a row of what they took, where they were not there yet."""
+    """The training pictures of a seed; adds a row of what they took, where none has said it yet."""
     drafts = out / f"drafts-{seed}"
     fresh, started = not drafts.exists(), time.process_time()
     walk.draw_drafts(drafts / "pictures", walk.train_prompts(SIZE.train_prompts), SIZE, seed=seed)
     walk.grade(drafts / "graded", drafts / "pictures")
     for unit in ("pair", "list"):
         walk.prefer(drafts / unit, drafts / "graded", unit=unit)
-    if fresh:
+    known = files.read_jsonl(ROWS) if ROWS.exists() else []
+    if fresh and not any(row["phase"] == "prepare" and row["seed"] == seed for row in known):
         took = time.process_time() - started
         row = {"phase": "prepare", "seed": seed, "drafts_core_seconds": took, "cell_core_seconds": took}
         files.append_jsonl(ROWS, [row])
