@@ -124,12 +124,13 @@ def _run(command: _Command) -> int:
         print(_general_help(), file=sys.stdout if command.help else sys.stderr)
         return 0 if command.help else 2
     function, documentation = _stage(command.verb)
-    from diffalign.common import config  # after the verb is known: omegaconf is not needed for general help
+    # After the verb is known: omegaconf is not needed for general help.
+    from diffalign.common import config, helptext
 
     if command.help:
-        rows = config.help_rows(function, command.config, command.overrides)
-        texts = config.help_texts(function, command.config, command.overrides)
-        print(_verb_help(command.verb, documentation, rows, config.plug_in_keys(function), texts))
+        rows = helptext.help_rows(function, command.config, command.overrides)
+        texts = helptext.help_texts(function, command.config, command.overrides)
+        print(_verb_help(command.verb, documentation, rows, helptext.plug_in_keys(function), texts))
         return 0
     recipe = config.load_recipe(function, command.config, command.overrides)
     if command.dry_run:

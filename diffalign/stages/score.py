@@ -74,7 +74,6 @@ def score(
         UserError: no pictures, a scorer without weights or without the prompts that it needs, or `out` holds
             something else.
     """
-    from diffalign.common import manifest
     from diffalign.common.progress import silence
     from diffalign.stages import _run, _shares
 
@@ -87,11 +86,7 @@ def score(
     rows, source = _pictures(images, prompts, limit, chosen)
     others = None if compare is None else _other_shots(compare, list(chosen))
     ready = {label: scorer.load(_run.pick_device(device)) for label, scorer in chosen.items()}
-    same = {
-        "scorers": recipe["scorers"],
-        "versions": {label: [scorer.scale, scorer.version] for label, scorer in ready.items()},
-        "pictures and prompts": {"sha256": manifest.recipe_identity({"rows": rows})},
-    }
+    same = _decides(recipe, ready, rows)
     with _run.claim_folder(out, stage="score", recipe=recipe, same=same, share=share) as folder:
         scored = _scored(rows, source, ready, folder, share, recipe)
         if scored is not None:
@@ -113,6 +108,17 @@ def _refuse_bad_arguments(recipe: Mapping[str, Any]) -> None:
     if recipe["table"] is not None:
         check_table(list(recipe["scorers"]))
     _refuse_source(recipe["out"], recipe["images"])
+
+
+def _decides(recipe: Mapping[str, Any], ready: Mapping[str, Scorer], rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns what must be equal for a run to continue in its folder."""
+    from diffalign.common import manifest
+
+    return {
+        "scorers": recipe["scorers"],
+        "versions": {label: [scorer.scale, scorer.version] for label, scorer in ready.items()},
+        "pictures and prompts": {"sha256": manifest.recipe_identity({"rows": rows})},
+    }
 
 
 def _pictures(

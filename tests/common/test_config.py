@@ -17,13 +17,13 @@ from diffalign.common.config import (
     Many,
     One,
     Recipe,
-    help_rows,
     load_recipe,
     make_many,
     make_one,
     resolved_recipe,
 )
 from diffalign.common.errors import UserError
+from diffalign.common.helptext import help_rows
 
 LOSS = '''
 from dataclasses import dataclass, field
