@@ -86,7 +86,7 @@ def main() -> int:
         f"head {name}: fused = layers to {MAX_FUSED}": apart <= MAX_FUSED for name, apart in heads.items()
     }
     lines = reporting.head(
-        "Scorers against independent code", "python scripts/accept_scorers.py --out FOLDER"
+        "Scorers against independent code", "python scripts/accept_scorers.py --out FOLDER --heads HEADS"
     )
     lines += [
         f"{len(ours)} odd pictures, {len(PROMPTS)} prompts, random weights. A scale is 1 for a cosine and "

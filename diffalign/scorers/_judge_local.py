@@ -13,7 +13,7 @@ import torch
 from diffalign.common.errors import UserError, brief
 from diffalign.scorers._judge_prompts import Answer, Question, printable, quoted
 from diffalign.scorers._towers import DTYPES
-from diffalign.scorers._weights import content_of, hub_folder
+from diffalign.scorers._weights import content_of, hub_folder, hub_identity, is_hub_id
 
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 """Files that decide what a model answers, besides its code."""
@@ -103,9 +103,9 @@ def open_local(
         if not any(file.suffix == ".safetensors" for file in found):
             raise UserError(f"{folder} has no weights: it needs config.json with model.safetensors")
         name, identity = folder.name, content_of(*found)
-    elif path.count("/") == 1 and not path.startswith((".", "/", "~")):
+    elif is_hub_id(path):
         folder = hub_folder(path, revision, lambda listing: _wanted(listing, suffixes))
-        name, identity = path, f"hub:{folder.name[:12]}"
+        name, identity = path, hub_identity(folder)
     else:
         raise UserError(f"judge weights '{path}' do not exist: give a folder or a hub id (org/name)")
     processor = _processor(folder, trust_remote_code)

@@ -44,6 +44,7 @@ from urllib.parse import urlsplit
 
 from diffalign.common.errors import UserError, unknown
 from diffalign.scorers._base import Scorer, Scores
+from diffalign.scorers._tower_scorer import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from diffalign.scorers._judge_prompts import Question, Rubric
     from diffalign.scorers._judge_server import ServerJudge
 
-DTYPES = ("fp32", "bf16", "fp16")
 FORMATS = ("png", "jpeg")
 KEY = "OPENAI_API_KEY"
 MOST_REFUSED = 16

@@ -116,7 +116,7 @@ def groups_of(rows: Sequence[Row]) -> dict[Any, list[Row]]:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         named = (row.get("context") or {}).get("group")
-        groups.setdefault(row.get("prompt", "") if named is None else named, []).append(row)
+        groups.setdefault((row.get("prompt") or "") if named is None else named, []).append(row)
     return groups
 
 
