@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,8 +12,10 @@ from typing import Literal
 
 from diffalign.common import files
 from diffalign.common.errors import UserError
+from diffalign.common.files import printable
 from diffalign.common.plugins import plugin_name
-from diffalign.data.records import Record
+from diffalign.data.pictures import digest
+from diffalign.data.records import Candidate, Record
 from diffalign.data.select import ScoreFacts, UsableGroups, check_share, check_ties
 
 
@@ -141,3 +145,75 @@ class Source:
         tails = [files.file_identity(path, whole_up_to=0) for path in paths]
         words = [" ".join(f"{key}={value}" for key, value in tail.items()) for tail in tails]
         return dict(zip(names, words, strict=True))
+
+    def content_digest(self, folder: Path) -> str:
+        """Returns `sha256=...` over the records read: ids, captions, labels, and their pictures' files.
+
+        A picture counts with its path from `folder` and its size; those of the first gigabyte with their
+        bytes too. Reading half a terabyte (HPDv3) once more before a run would take hours.
+        """
+        total, left = hashlib.sha256(), files.FULL_HASH_LIMIT
+        for record in self.records():
+            total.update(f"{record.id} {record.prompt!r} {record.problem}\n".encode("utf-8", "surrogatepass"))
+            for one in record.candidates:
+                place, size, content = _file_facts(one.image.path, folder, read=left > 0)
+                left -= size
+                facts = f"{place} {size} {content} {one.prompt!r} {one.label} {one.rank}\n"
+                total.update(facts.encode("utf-8", "surrogatepass"))
+        return f"sha256={total.hexdigest()}"
+
+
+def _file_facts(path: Path | None, folder: Path, *, read: bool) -> tuple[str, int, str]:
+    """Returns where a picture's file is, its size, and (with `read`) the digest of its bytes."""
+    if path is None:
+        return "", 0, "absent"
+    place = os.path.relpath(path, folder)
+    try:
+        size = path.stat().st_size
+        return place, size, digest(path.read_bytes()).hex() if read else ""
+    except (OSError, ValueError):  # ValueError: a path with a NUL
+        return place, 0, "absent"
+
+
+def in_keyed_order(key: str, winner: Candidate, loser: Candidate) -> list[Candidate]:
+    """Returns the two candidates, labelled 1 and 0, in an order that hangs on `key` alone.
+
+    Layouts that always name the winner first would let its place give the label away, to a judge that prefers
+    the first picture as well as to a model that sees both.
+    """
+    winner.label, loser.label = 1.0, 0.0
+    swapped = digest(f"place {key}".encode("utf-8", "surrogatepass"))[0] & 1
+    return [loser, winner] if swapped else [winner, loser]
+
+
+def shards(path: str, suffixes: tuple[str, ...], kind: str, hint: str = "") -> dict[str, Path]:
+    """Returns name -> path of the file `path`, or of the files below that folder with one of `suffixes`.
+
+    Sorted; the name is the file's, or its path in the folder where names repeat. Hidden files are left out.
+
+    Raises:
+        UserError: nothing is there (`hint` says what else to do), or no file of the `kind` is in the folder.
+    """
+    root = Path(path)
+    if root.is_file():
+        return {printable(root.name): root}
+    if not root.is_dir():
+        raise UserError(f"data.path={path}: no such file or folder{hint}")
+    found = [place for place in sorted(root.rglob("*")) if place.name.endswith(suffixes) and place.is_file()]
+    places = [place.relative_to(root) for place in found if not hidden(place.relative_to(root))]
+    if not places:
+        raise UserError(f"data.path={path}: the folder holds no {kind} file")
+    unique = len({place.name for place in places}) == len(places)
+    return {printable(place.name if unique else place.as_posix()): root / place for place in places}
+
+
+def picture_folder(images: str) -> Path:
+    """Returns the folder that `data.images` names. UserError when it is none."""
+    if not Path(images).is_dir():
+        raise UserError(f"data.images={images}: no such folder; give the one that the rows' paths start from")
+    return Path(images)
+
+
+def hidden(place: Path) -> bool:
+    """Whether a path, or a folder on its way, starts with a dot."""
+    return any(part.startswith(".") for part in place.parts)

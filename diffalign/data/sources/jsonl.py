@@ -11,11 +11,14 @@ from pathlib import Path
 from diffalign.common.errors import UserError
 from diffalign.common.manifest import read_manifest
 from diffalign.data.pictures import BadImage
-from diffalign.data.records import Record, read_records
+from diffalign.data.records import Record, read_lines
 from diffalign.data.select import ScoreFacts
 from diffalign.data.sources._base import Source
+from diffalign.data.sources._json import dropped, encodes
 
 FILE_NAME = "preferences.jsonl"
+WRITERS = ("pair", "check")
+"""Stages whose manifest lies beside such a file."""
 
 
 @dataclass
@@ -36,8 +39,10 @@ class Plugin(Source):
         return [self.file()]
 
     def score_facts(self) -> dict[str, ScoreFacts]:
-        """Returns scale and range of each scorer's numbers, as the manifest of `diffalign pair` has them."""
-        found = read_manifest(self.file().parent) or {}
+        """Returns scale and range of each scorer's numbers, as the manifest of `pair` or `check` has them."""
+        found = read_manifest(self.file().parent)
+        if not isinstance(found, dict) or found.get("stage") not in WRITERS:
+            return {}  # somebody else's file of that name
         facts = {}
         for name, row in found.get("scores", {}).items():
             low, high = row["min"], row["max"]
@@ -62,14 +67,22 @@ class Plugin(Source):
                 except BadImage as error:
                     content = error.reason
                 place = "" if image.path is None else os.path.relpath(image.path, folder)
-                total.update(f"{place} {content}\n".encode("utf-8", "surrogateescape"))
+                total.update(f"{place} {content}\n".encode("utf-8", "surrogatepass"))
         return {**super().data_inputs(), "jsonl pictures": f"sha256={total.hexdigest()}"}
 
     def rows(self) -> Iterator[Record]:
-        """Yields the records of the file. UserError for a second record with the same id."""
+        """Yields the records of the file; text that cannot be UTF-8 (half a surrogate) is a `bad_text`.
+
+        Raises:
+            UserError: a line that is no record, or a second record with the same id.
+        """
         path = self.file()
         seen: set[str] = set()
-        for record in read_records(path):
+        for where, row in read_lines(path):
+            if encodes(row):
+                record = Record.from_dict(row, path.parent, where)
+            else:
+                record = dropped(where, "bad_text", source="jsonl")
             if record.id in seen:  # ids key the random numbers of a run and name dropped rows
                 raise UserError(f"{path}: two records have the id {record.id!r}; ids must differ")
             seen.add(record.id)

@@ -84,3 +84,41 @@ def test_bad_files(tmp_path: Path) -> None:
     write(tmp_path, [pair("x"), {"prompt": "p"}])
     with pytest.raises(UserError, match=r"preferences\.jsonl:2: no candidates"):
         list(Plugin(str(path)).records())
+
+
+def test_text_that_no_file_can_hold_is_a_bad_row(tmp_path: Path) -> None:
+    half = {"id": "half \ud800", "prompt": "a cat", "candidates": [{"image": "x\ud800.jpg"}]}
+    path = write(tmp_path, [pair("x"), half, {**pair("y"), "meta": {"\udfff": 1}}])
+    found = [(record.id, record.problem) for record in Plugin(str(path)).records()]
+    assert found == [("x", None), ("preferences.jsonl:2", "bad_text"), ("preferences.jsonl:3", "bad_text")]
+    identities(Plugin(str(path)).inputs())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "p", "meta": ' + '{"a": ' * 9000 + "1" + "}" * 9001, ":1 is not JSON"),
+        (
+            f'{{"prompt": "p", "candidates": [{{"image": "a", "rank": 1{"0" * 400}}}]}}',
+            "a number of 401 digits",
+        ),
+    ],
+)
+def test_what_python_cannot_hold_is_said(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "preferences.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(Plugin(str(tmp_path)).records())
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', '{"scores": 3}', '{"scores": {"clip": {}}}'])
+def test_a_manifest_of_somebody_else_says_nothing(text: str, tmp_path: Path) -> None:
+    write(tmp_path, [pair("x")])
+    (tmp_path / "manifest.json").write_text(text)
+    assert Plugin(str(tmp_path)).score_facts() == {}
+
+
+def contract_case(folder: Path) -> dict[str, object]:
+    path = write(folder, [pair("x"), pair("y", "a dog", (0.0, 1.0)), pair("z", "a cow", (0.7, 0.3))])
+    for side in (0, 1):
+        (folder / f"{side}.jpg").write_bytes(jpeg(side + 1))
+    return {"path": str(path)}

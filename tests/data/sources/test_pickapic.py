@@ -13,8 +13,8 @@ import pytest
 from diffalign.common.errors import UserError
 from diffalign.data.census import Census, findings
 from diffalign.data.pictures import BadImage
-from diffalign.data.sources import pickapic
-from diffalign.data.sources.pickapic import Plugin
+from diffalign.data.sources._parquet import hub_rows
+from diffalign.data.sources.pickapic import LAYOUT, Plugin, to_record
 from tests.pickapic_files import BLUE, RED, SCHEMA, messy_rows, row, spoil, write
 
 
@@ -43,7 +43,7 @@ def test_every_row_becomes_a_record_whatever_its_state(tmp_path: Path) -> None:
 
 
 def test_a_null_caption_is_an_empty_prompt_and_optional_columns_may_be_absent(tmp_path: Path) -> None:
-    table = pa.Table.from_pylist([row(None)], schema=SCHEMA).select(list(pickapic.NEEDED))
+    table = pa.Table.from_pylist([row(None)], schema=SCHEMA).select(list(LAYOUT.needed))
     pq.write_table(table, tmp_path / "t.parquet")
     (record,) = Plugin(str(tmp_path / "t.parquet")).records()
     assert (record.prompt, record.user, record.meta, record.pair_target()) == ("", None, {}, 1.0)
@@ -87,7 +87,7 @@ def test_a_hub_stream_that_breaks_is_one_line(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(
         UserError, match=r"the stream of .* broke at row 20 \(.*utf-8.*\): run again, or download"
     ) as caught:
-        list(pickapic._hub_rows(str(tmp_path / "d"), "train", None))
+        list(hub_rows(str(tmp_path / "d"), "train", None, [LAYOUT]))
     assert "\n" not in str(caught.value)
 
 
@@ -203,7 +203,7 @@ def test_missing_and_foreign_columns_are_named(tmp_path: Path) -> None:
     ):
         next(Plugin(str(tmp_path / "a")).records())  # found out before the first row of the first shard
     pq.write_table(table.drop_columns(["jpg_0", "jpg_1"]), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"has no columns jpg_0, jpg_1 .*no_images variant has no pictures"):
+    with pytest.raises(UserError, match=r"has no columns jpg_0, jpg_1 .*this variant has no pictures"):
         next(Plugin(str(tmp_path / "b.parquet")).records())
     text = table.set_column(table.column_names.index("label_0"), "label_0", pa.array(["1.0"]))
     pq.write_table(text, tmp_path / "c.parquet")
@@ -286,10 +286,10 @@ def test_streaming_reader_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(tmp_path / "d" / "data" / "train-00000-of-00002.parquet", messy_rows()[:10])
     write(tmp_path / "d" / "data" / "train-00001-of-00002.parquet", messy_rows()[10:])
     write(tmp_path / "d" / "data" / "test-00000-of-00001.parquet", [row("other")])
-    streamed = list(pickapic._hub_rows(str(tmp_path / "d"), "train", None))  # the same reader, on a folder
+    streamed = list(hub_rows(str(tmp_path / "d"), "train", None, [LAYOUT]))  # the same reader, on a folder
     assert len(streamed) == 20
-    assert set(streamed[0]) == {*pickapic.NEEDED, *pickapic.OPTIONAL}
-    records = [pickapic.to_record(f"train:{index}", content) for index, content in enumerate(streamed)]
+    assert set(streamed[0]) == {*LAYOUT.needed, *LAYOUT.optional}
+    records = [to_record(f"train:{index}", content) for index, content in enumerate(streamed)]
     local = list(Plugin(str(tmp_path / "d"), split="train").records())
     assert [record.prompt for record in records] == [record.prompt for record in local]
     assert [c.image.data for r in records for c in r.candidates] == [
@@ -300,7 +300,7 @@ def test_streaming_reader_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     table = pa.Table.from_pylist([row()], schema=SCHEMA).drop_columns(["caption"])
     pq.write_table(table, tmp_path / "e" / "data" / "train-00000-of-00001.parquet")
     with pytest.raises(UserError, match=r"e has no column caption \(it has are_different"):
-        next(pickapic._hub_rows(str(tmp_path / "e"), "train", None))
+        next(hub_rows(str(tmp_path / "e"), "train", None, [LAYOUT]))
 
 
 def test_a_hub_name_that_does_not_open_is_one_line() -> None:
@@ -318,3 +318,8 @@ def test_a_hub_name_that_does_not_open_is_one_line() -> None:
             "data.path=owner/pick is neither a file or folder here nor a hub data set that opens ("
         )
         assert "\n" not in text
+
+
+def contract_case(folder: Path) -> dict[str, object]:
+    rows = [row("a cat"), row("a dog", labels=(0.0, 1.0)), row("a fish", labels=(0.5, 0.5)), row("a cow")]
+    return {"path": str(write(folder / "train.parquet", rows))}
