@@ -25,7 +25,8 @@ from PIL import Image
 from diffalign.common import draws, files
 from diffalign.common.manifest import versions
 from diffalign.common.statistics import bootstrap_interval
-from diffalign.data.cache import EncodedSet, encode
+from diffalign.data.encoded import EncodedSet
+from diffalign.data.encoding import encode
 from diffalign.data.select import Group
 from diffalign.data.sources.pickapic import Plugin as PickAPic
 from diffalign.data.specs import LoaderSpec, PreprocessSpec

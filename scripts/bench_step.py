@@ -33,7 +33,7 @@ from diffalign.common import files
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.manifest import versions
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet, Example
+from diffalign.data.encoded import EncodedSet, Example
 from diffalign.data.specs import LoaderSpec
 from diffalign.demo import embedded
 from diffalign.diffusion.likelihood import Draws

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet, Example
+from diffalign.data.encoded import EncodedSet, Example
 from diffalign.data.pictures import ImageRef
 from diffalign.data.records import Candidate, Record
 from diffalign.data.select import Group

@@ -23,7 +23,7 @@ class Batch:
         counts: `[N]` int64 images per group (2 for pairs, 1 for single examples).
         target: `[N]` float32: of pairs the probability that the first image is preferred, of single images
             1 when desirable and 0 when not; None for lists.
-        ratings: name -> `[M]` float32, higher being better, NaN where unknown (names: `cache.ratings`).
+        ratings: name -> `[M]` float32, higher being better, NaN where unknown (names: `encoded.ratings`).
     """
 
     ids: list[str]

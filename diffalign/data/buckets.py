@@ -19,6 +19,10 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 
+class TooMuchCropped(Exception):
+    """A group whose pictures no bucket holds without cutting too much of one."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where every image of one group is cut.
@@ -54,9 +58,27 @@ def bucket_sizes(resolution: int, multiple: int, kind: str) -> list[Size]:
 def place(
     images: Sequence[Image.Image], sizes: Sequence[Size], spec: PreprocessSpec, *key: int | str
 ) -> Placement:
-    """The placement of a group: the bucket nearest to its mean log aspect, crop and flip drawn from `key`."""
-    log_aspect = sum(math.log(image.width / image.height) for image in images) / len(images)
-    size = min(sizes, key=lambda hw: (abs(math.log(hw[1] / hw[0]) - log_aspect), hw))
+    """The placement of a group: the bucket that crops it least, crop and flip drawn from `key`.
+
+    A picture of aspect a keeps exp(-|log a - log b|) of its area in a bucket of aspect b. Least cropped is
+    where the product of these shares is largest; of a pair any bucket between the two is: then the one
+    nearest to the mean log aspect, which cuts the same share of both.
+
+    Raises:
+        TooMuchCropped: a picture would lose more than `max_crop` of its area.
+    """
+    aspects = [math.log(image.width / image.height) for image in images]
+    mean = sum(aspects) / len(aspects)
+
+    def cost(size: Size) -> tuple[float, float, Size]:
+        bucket = math.log(size[1] / size[0])
+        cropped = sum(abs(aspect - bucket) for aspect in aspects)
+        return round(cropped, 9), abs(bucket - mean), size  # rounded: equal ones differ by their last bit
+
+    size = min(sizes, key=cost)
+    furthest = max(abs(aspect - math.log(size[1] / size[0])) for aspect in aspects)
+    if 1.0 - math.exp(-furthest) > spec.max_crop:
+        raise TooMuchCropped
     crop = (0.5, 0.5)
     if spec.crop == "random":
         crop = (draws.uniform("crop-top", *key), draws.uniform("crop-left", *key))
@@ -64,7 +86,7 @@ def place(
 
 
 def fit(image: Image.Image, placement: Placement) -> tuple[Tensor, tuple[int, int]]:
-    """`([3, H, W] float32 in [0, 1], (top, left))`: resized to cover the bucket and cropped; aspect kept."""
+    """`([3, H, W] uint8, (top, left))`: resized to cover the bucket and cropped; aspect kept."""
     height, width = placement.size
     scale = max(height / image.height, width / image.width)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -78,4 +100,4 @@ def fit(image: Image.Image, placement: Placement) -> tuple[Tensor, tuple[int, in
     if placement.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8)).permute(2, 0, 1)
-    return pixels.float() / 255.0, (top, left)
+    return pixels.contiguous(), (top, left)

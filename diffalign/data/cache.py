@@ -1,243 +1,359 @@
-"""Encoded examples in memory: each picture and each prompt goes through its encoder once, before training."""
+"""A cache on disk as training reads it: any example at any time, a few reads each, memory flat.
+
+Beside its packs (`cache_packs.py`) a cache holds `records.jsonl`, one line an example in the order of the
+source, `prompts.json`, and `tables.safetensors`, which says where each record, picture and prompt lies. The
+tables are kept in memory, about 100 bytes an example. Records, latents and embeddings are read by position:
+of files that are mapped, every page that was ever touched would count as the process's own.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diffalign.common import draws
+from diffalign.common import draws, files, manifest
 from diffalign.common.conditioning import Conditioning
-from diffalign.common.errors import UserError
-from diffalign.data.buckets import Size, bucket_sizes, fit, place
-from diffalign.data.records import Candidate
-from diffalign.data.select import Group
-from diffalign.data.specs import PreprocessSpec
+from diffalign.common.errors import UserError, brief
+from diffalign.data.cache_index import PROMPTS, RECORDS, TABLES
+from diffalign.data.cache_packs import TENSORS
+from diffalign.data.encoded import Example, ratings, with_sizes
+from diffalign.data.records import Record
+from diffalign.data.select import Group, UsableGroups
+from diffalign.data.tally import Tally
 
-PROMPT_BATCH = 32
+MOST_OPEN = 128
+"""Packs that are open at a time."""
 
-
-class Encoder(Protocol):
-    """The part of a model that encoding needs."""
-
-    size_multiple: int
-    default_resolution: int
-
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`(mean, std)` of scaled latents."""
-        ...
-
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """One row a prompt."""
-        ...
-
-    def say_too_long(self, prompts: list[str]) -> None:
-        """Says how many prompts are longer than the encoders read."""
-        ...
-
-    def encode_dropped_prompt(self) -> Conditioning:
-        """One row for "no prompt"."""
-        ...
-
-    def size_conditioning(self, original: Size, crop: Size, target: Size) -> dict[str, Tensor]:
-        """Rows that tell the network about sizes."""
-        ...
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-@dataclass(frozen=True)
-class Example:
-    """One group of images in an `EncodedSet`.
+class RowFile:
+    """A safetensors file of which single rows of tensors are read.
 
     Args:
-        id: record id.
-        prompt: its text.
-        images: indices of its pictures.
-        size: bucket (height, width) in pixels.
-        target: as in `select.Group`.
-        conditions: per image, what the network is told about sizes.
-        ratings: per image, what is known of its worth (see `ratings`).
-        meta: fields of the record that measures may be split by.
+        path: the file.
+
+    Raises:
+        UserError: it is missing or damaged.
     """
 
-    id: str
-    prompt: str
-    images: tuple[int, ...]
-    size: Size
-    target: float | None
-    conditions: tuple[dict[str, Tensor], ...]
-    ratings: tuple[dict[str, float], ...] = ()
-    meta: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+            size = os.fstat(self._descriptor).st_size
+            length = min(int.from_bytes(os.pread(self._descriptor, 8, 0), "little"), size)
+            self._start = 8 + length
+            self._known = {
+                name: (DTYPES[entry["dtype"]], tuple(entry["shape"][1:]), entry["data_offsets"][0])
+                for name, entry in json.loads(os.pread(self._descriptor, length, 8)).items()
+                if name != "__metadata__"
+            }
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:  # anything may be in it
+            raise damaged(path, brief(error)) from error
+
+    def close(self) -> None:
+        """Gives the file back."""
+        os.close(self._descriptor)
+
+    def names(self, prefix: str) -> list[str]:
+        """The tensors whose names begin so."""
+        return [name for name in self._known if name.startswith(prefix)]
+
+    def row(self, name: str, number: int) -> Tensor:
+        """Row `number` of a tensor, read now; float16 becomes float32. UserError where the file ends."""
+        dtype, shape, offset = self._known[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        place = self._start + offset + number * tensor.nbytes
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        if os.preadv(self._descriptor, [content], place) != tensor.nbytes:
+            raise damaged(self._path, "cut off")
+        return tensor.float() if dtype is torch.float16 else tensor
+
+
+class OpenFiles:
+    """The packs of a cache, opened when first read; the one that was not used for longest is closed.
+
+    Args:
+        folder: of the cache.
+        names: of the packs.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._folder, self._names = folder, names
+        self._open: dict[int, RowFile] = {}
+
+    def __getitem__(self, number: int) -> RowFile:
+        found = self._open.pop(number, None) or RowFile(self._folder / f"{self._names[number]}{TENSORS}")
+        self._open[number] = found  # the last of the mapping is the one that was used last
+        if len(self._open) > MOST_OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        return found
 
 
 @dataclass(frozen=True)
-class EncodedSet:
-    """Latents and text embeddings of a list of examples.
+class Cache:
+    """A complete cache.
 
     Args:
-        examples: in the order of the source.
-        means: posterior mean of each picture, `[c, h, w]` float32, scaled.
-        stds: posterior standard deviation, likewise.
-        prompt_rows: text -> row of `prompts`.
-        prompts: conditioning of the unique prompts, one row each.
+        folder: where it is.
+        facts: of its manifest: packs, kinds, posterior, variants, encoders and more.
+        tables: see `cache_index`.
+        sizes: what the network is told of sizes, by name.
         dropped: conditioning of "no prompt", one row.
+        packs: its tensors.
+        records: descriptor of its records.
     """
 
-    examples: list[Example]
-    means: list[Tensor]
-    stds: list[Tensor]
-    prompt_rows: dict[str, int]
-    prompts: Conditioning
+    folder: Path
+    facts: dict[str, Any]
+    tables: dict[str, NDArray[Any]]
+    sizes: dict[str, Tensor]
     dropped: Conditioning
+    packs: OpenFiles
+    records: int
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.tables["prompt"])
 
-    def subset(self, indices: Iterable[int]) -> EncodedSet:
-        """The chosen examples over the same tensors."""
-        return replace(self, examples=[self.examples[index] for index in indices])
+    def __reduce__(self) -> tuple[Callable[[Path], Cache], tuple[Path]]:
+        """Opened again in another process: descriptors mean nothing there."""
+        return open_cache, (self.folder,)
+
+    def record(self, row: int) -> Record:
+        """The record of a row, without its pictures."""
+        ends = self.tables["record_ends"]
+        start = int(ends[row - 1]) if row else 0
+        content = json.loads(os.pread(self.records, int(ends[row]) - start, start))
+        return Record.from_dict(content, self.folder, f"{self.folder}:{row}")
+
+    def told(self, row: int) -> dict[str, Tensor]:
+        """What the network is told of sizes, one row by name."""
+        return {name: table[row : row + 1] for name, table in self.sizes.items()}
+
+    def choose(
+        self,
+        *,
+        unit: str = "pair",
+        undesirable: bool = False,
+        reject: Callable[[Record], str | None] | None = None,
+        unlabelled: bool = False,
+        limit: int | None = None,
+    ) -> tuple[CachedSet, Tally]:
+        """The groups that an objective can use, and the tally of the others; arguments of `UsableGroups`.
+
+        Ties are there when the cache was made with data.ties=soft; they are used for pairs.
+        """
+        if unit == "pair" and reject is None and not unlabelled:
+            return self._choose_pairs(limit)
+        groups = UsableGroups(
+            (replace(self.record(row), extra={_ROW: row}) for row in range(len(self))),
+            unit=unit,
+            undesirable=undesirable,
+            reject=reject,
+            unlabelled=unlabelled,
+            ties="soft" if unit == "pair" else "drop",
+            max_bad_share=1.0,
+            limit=limit,
+            opens=False,
+            what=str(self.folder),
+        )
+        chosen = list(groups.made(_chosen_of))
+        rows, sides, targets, names = zip(*chosen, strict=True)
+        return CachedSet(
+            self,
+            np.array(rows, dtype=np.int64),
+            np.array(sides, dtype=np.int64),
+            np.array(targets, dtype=np.float64),
+            names,
+        ), groups.tally
+
+    def _choose_pairs(self, limit: int | None) -> tuple[CachedSet, Tally]:
+        """What `choose` does with labelled pairs, of a million in less than a second."""
+        targets = self.tables["target"]
+        is_pair = self.tables["candidates"] == 2
+        good = np.flatnonzero(is_pair & np.isfinite(targets))[:limit]
+        end = len(self) if limit is None or len(good) < limit else int(good[-1]) + 1
+        tally = Tally(what=str(self.folder), asked=end, used=len(good))
+        for row in np.setdiff1d(np.arange(end), good).tolist():
+            tally.drop("unlabelled" if is_pair[row] else "not_a_pair", self.record(row).id)
+        tally.refuse_if_too_many(1.0)
+        tally.refuse_if_empty()
+        return CachedSet(self, good, np.full(len(good), -1), targets[good].astype(np.float64)), tally
+
+
+_ROW = "row"
+
+
+def _chosen_of(group: Group) -> tuple[int, int, float, str]:
+    """Row, candidate (-1: all), target (NaN: none) and id of a group."""
+    candidates = group.record.candidates
+    whole = len(group.candidates) == len(candidates)
+    side = -1 if whole else next(i for i, c in enumerate(candidates) if c is group.candidates[0])
+    return group.record.extra[_ROW], side, math.nan if group.target is None else group.target, group.id
+
+
+@dataclass(frozen=True)
+class CachedSet:
+    """Groups of a cache; an `Encoded`.
+
+    Args:
+        cache: where they are.
+        rows: `[n]`, each one's record.
+        sides: `[n]`, its candidate; -1: all.
+        targets: `[n]`, as in `select.Group`; NaN: none.
+        names: ids; None: those of the records.
+    """
+
+    cache: Cache
+    rows: NDArray[np.int64]
+    sides: NDArray[np.int64]
+    targets: NDArray[np.float64]
+    names: Sequence[str] | None = None
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """In the order of the source, read when they are looked at."""
+        return _Examples(self)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int, epoch: int) -> Example:
+        """The example; its variants take turns, epoch after epoch, each beginning with one of its own."""
+        cache, row, side = self.cache, int(self.rows[index]), int(self.sides[index])
+        record, tables, target = cache.record(row), cache.tables, float(self.targets[index])
+        count, variants = int(tables["candidates"][row]), cache.facts["variants"]
+        shown = (epoch + draws.seed_of(record.id, "variant")) % variants if variants > 1 else 0
+        first = int(tables["image_ends"][row]) - (variants - shown) * count
+        places = range(first, first + count) if side < 0 else (first + side,)
+        candidates = record.candidates if side < 0 else [record.candidates[side]]
+        return Example(
+            id=record.id if self.names is None else self.names[index],
+            prompt=record.prompt,
+            images=tuple(int(tables["images"][place]) for place in places),
+            size=(int(tables["height"][row]), int(tables["width"][row])),
+            target=None if math.isnan(target) else target,
+            conditions=tuple(cache.told(int(tables["sizes"][place])) for place in places),
+            ratings=tuple(map(ratings, candidates)),
+            meta={**record.meta, "models": [candidate.model for candidate in candidates]},
+            prompt_row=int(tables["prompt"][row]),
+        )
 
     def latents(self, image: int, *key: int | str) -> Tensor:
         """A draw from the posterior of a picture for `key`, or its mean when no key is given; `[c, h, w]`."""
+        pack, kind, row = (int(number) for number in self.cache.tables["picture_places"][image])
+        file, bucket = self.cache.packs[pack], self.cache.facts["kinds"][kind]
+        mean = file.row(f"mean.{bucket}", row)
         if not key:
-            return self.means[image]
-        return self.means[image] + self.stds[image] * draws.normal(tuple(self.stds[image].shape), *key)
+            return mean
+        return mean + file.row(f"std.{bucket}", row) * draws.normal(tuple(mean.shape), *key)
 
     def conditioning(self, example: Example, *, dropped: bool) -> Conditioning:
         """One row per image of the example; all share the prompt, or all have it dropped."""
-        row = self.dropped if dropped else self.prompts.rows([self.prompt_rows[example.prompt]])
-        return Conditioning.cat([Conditioning({**row, **sizes}) for sizes in example.conditions])
+        if dropped:
+            return with_sizes(self.cache.dropped, example)
+        pack, row = (int(number) for number in self.cache.tables["prompt_places"][example.prompt_row])
+        file = self.cache.packs[pack]
+        names = file.names("text.")
+        text = {name.removeprefix("text."): file.row(name, row)[None] for name in names}
+        return with_sizes(Conditioning(text), example)
+
+    def kinds(self) -> NDArray[np.int64]:
+        """`[n]`, equal where bucket and number of images are."""
+        tables, rows = self.cache.tables, self.rows
+        images = np.where(self.sides < 0, tables["candidates"][rows], 1).astype(np.int64)
+        return (tables["height"][rows].astype(np.int64) << 40) + (tables["width"][rows] << 20) + images
+
+    def texts(self) -> tuple[Sequence[str], NDArray[np.int64]]:
+        """The prompts of the cache, and which of them each example has."""
+        return files.read_json(self.cache.folder / PROMPTS), self.cache.tables["prompt"][self.rows]
+
+    def subset(self, indices: Iterable[int]) -> CachedSet:
+        """The chosen examples over the same files."""
+        chosen = np.fromiter(indices, dtype=np.int64)
+        names = None if self.names is None else [self.names[index] for index in chosen]
+        return CachedSet(self.cache, self.rows[chosen], self.sides[chosen], self.targets[chosen], names)
 
 
-def ratings(candidate: Candidate) -> dict[str, float]:
-    """What a record knows of a picture's worth, higher being better: scores by scorer's name, "label",
-    "votes" and "rank" (negated: rank 1 is the best).
-    """
-    known = {name: score.oriented for name, score in candidate.scores.items()}
-    for name, value in (("label", candidate.label), ("votes", candidate.votes)):
-        if value is not None:
-            known[name] = float(value)
-    if candidate.rank is not None:
-        known["rank"] = -float(candidate.rank)
-    return known
+@dataclass(frozen=True)
+class _Examples(Sequence[Example]):
+    """The examples of a set, as they are in epoch 0."""
+
+    of: CachedSet
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.of.example(index, 0)
 
 
-def encode(groups: Iterable[Group], encoder: Encoder, spec: PreprocessSpec, *, seed: int) -> EncodedSet:
-    """The groups as examples.
+def open_cache(folder: str | Path) -> Cache:
+    """The cache in a folder.
 
     Raises:
-        UserError: a picture whose latents are not finite (named by its group), or more data than the memory
-            limit.
+        UserError: there is none, it is not complete, or a file is missing or damaged.
     """
-    store = _Store(encoder, spec)
-    sizes = bucket_sizes(spec.resolution or encoder.default_resolution, encoder.size_multiple, spec.buckets)
-    examples: list[Example] = []
-    for group in groups:
-        if spec.size_conditioning == "per_image" and len(group.images) > 1:
-            raise UserError("preprocess.size_conditioning=per_image gives labels away in groups: use target")
-        pictures = list(group.images)
-        placement = place(pictures, sizes, spec, seed, group.id)
-        rows, conditions = [], []
-        for picture in pictures:
-            original = (picture.height, picture.width)
-            pixels, corner = fit(picture, placement)
-            if spec.size_conditioning == "target":
-                original, corner = placement.size, (0, 0)
-            rows.append(store.add(pixels, group.id))
-            conditions.append(encoder.size_conditioning(original, corner, placement.size))
-        examples.append(
-            Example(
-                id=group.id,
-                prompt=group.record.prompt,
-                images=tuple(rows),
-                size=placement.size,
-                target=group.target,
-                conditions=tuple(conditions),
-                ratings=tuple(map(ratings, group.candidates)),
-                meta={**group.record.meta, "models": [c.model for c in group.candidates]},
-            )
-        )
-    store.flush()
-    prompt_rows = {
-        prompt: row for row, prompt in enumerate(dict.fromkeys(example.prompt for example in examples))
-    }
-    return EncodedSet(
-        examples,
-        store.means,
-        store.stds,
-        prompt_rows,
-        _encode_prompts(list(prompt_rows), encoder, store),
-        encoder.encode_dropped_prompt().to("cpu"),
+    folder = Path(folder)
+    said = manifest.read_manifest(folder)
+    if said is None or said.get("stage") != "cache":
+        what = "is not complete: repeat the command that writes it" if folder.is_dir() else "does not exist"
+        if said is not None:
+            what = f"holds the output of '{said.get('stage')}'"
+        raise UserError(f"cache={folder} {what}; make one with diffalign cache")
+    facts: dict[str, Any] = said["cache"]
+    try:
+        for name, size in facts["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise damaged(folder / name, "of another size than it was")
+        tensors = load_file(folder / TABLES)
+        records = os.open(folder / RECORDS, os.O_RDONLY)
+    except (OSError, SafetensorError) as error:
+        raise damaged(folder, brief(error)) from error
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+    return Cache(
+        folder,
+        facts,
+        {name: tensor.numpy() for name, tensor in tensors.items() if "." not in name},
+        named("size."),
+        Conditioning(named("dropped.")),
+        OpenFiles(folder, facts["packs"]),
+        records,
     )
 
 
-def encode_prompts(prompts: list[str], encoder: Encoder, spec: PreprocessSpec) -> Conditioning:
-    """One row a prompt, on the CPU. UserError beyond the memory limit."""
-    return _encode_prompts(prompts, encoder, _Store(encoder, spec))
-
-
-def _encode_prompts(prompts: list[str], encoder: Encoder, store: _Store) -> Conditioning:
-    encoder.say_too_long(prompts)
-    parts = []
-    for start in range(0, len(prompts), PROMPT_BATCH):
-        parts.append(encoder.encode_prompts(prompts[start : start + PROMPT_BATCH]).to("cpu"))
-        store.count(sum(tensor.nbytes for tensor in parts[-1].values()))
-    return Conditioning.cat(parts)
-
-
-class _Store:
-    """Encodes pictures in batches of one size and keeps the latents; equal pictures are encoded once."""
-
-    def __init__(self, encoder: Encoder, spec: PreprocessSpec) -> None:
-        self.means: list[Tensor] = []
-        self.stds: list[Tensor] = []
-        self._encoder, self._spec = encoder, spec
-        self._known: dict[tuple[tuple[int, ...], bytes], int] = {}
-        self._waiting: dict[tuple[int, ...], list[tuple[int, Tensor, str]]] = {}
-        self._bytes = 0
-
-    def add(self, pixels: Tensor, name: str) -> int:
-        """The index that the latents of `pixels` will have."""
-        key = (tuple(pixels.shape[1:]), hashlib.blake2b(pixels.numpy().tobytes()).digest())
-        if key in self._known:
-            return self._known[key]
-        index = self._known[key] = len(self.means)
-        self.means.append(pixels)
-        self.stds.append(pixels)
-        waiting = self._waiting.setdefault(tuple(pixels.shape), [])
-        waiting.append((index, pixels, name))
-        if len(waiting) >= self._spec.batch_size:
-            self._encode(waiting)
-        return index
-
-    def flush(self) -> None:
-        """Encodes what is still waiting."""
-        for waiting in self._waiting.values():
-            self._encode(waiting)
-
-    def count(self, num_bytes: int) -> None:
-        """Adds to the memory used; refuses beyond the limit."""
-        self._bytes += num_bytes
-        if self._bytes > self._spec.memory_limit_gb * 1e9:
-            raise UserError(
-                f"{len(self.means)} encoded pictures exceed "
-                f"preprocess.memory_limit_gb={self._spec.memory_limit_gb}: "
-                "set data.limit, lower preprocess.resolution, or raise the limit"
-            )
-
-    def _encode(self, waiting: list[tuple[int, Tensor, str]]) -> None:
-        if not waiting:
-            return
-        means, stds = self._encoder.encode_images(torch.stack([pixels for _, pixels, _ in waiting]))
-        for (index, _, name), mean, std in zip(waiting, means.cpu(), stds.cpu(), strict=True):
-            if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
-                raise UserError(
-                    f"the VAE gives latents that are not finite for {name}: use model.vae_dtype=fp32, or a "
-                    "VAE that is fixed for half precision (model.vae=...)"
-                )
-            self.means[index], self.stds[index] = mean, std
-            self.count(mean.nbytes + std.nbytes)
-        waiting.clear()
+def damaged(place: Path, why: str) -> UserError:
+    """The error for a cache that is not as it was written; the caller raises it."""
+    return UserError(f"{place} is damaged ({why}): remove the folder of the cache, and write it again")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 LABEL_TOLERANCE = 1e-6
+
+BY_SCORERS = "pair:"
+"""What the source of records begins with that scorers have labelled."""
 
 
 class BadLabel(UserError):
@@ -90,9 +94,13 @@ class Candidate:
     votes: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self, folder: Path) -> dict[str, Any]:
-        """Returns the JSON form, the path relative to `folder`. UserError for a picture without a file."""
-        if self.image.path is None:
+    def to_dict(self, folder: Path | None) -> dict[str, Any]:
+        """Returns the JSON form, the path relative to `folder` (None: without the picture).
+
+        Raises:
+            UserError: a picture without a file, or a label that JSON cannot hold.
+        """
+        if folder is not None and self.image.path is None:
             raise UserError(
                 f"picture {self.image.name} is in memory only: save it to a file before writing records"
             )
@@ -101,7 +109,7 @@ class Candidate:
                 f"picture {self.image.name} has the label {self.label}: drop it before writing records"
             )
         known = {
-            "image": _relative(self.image.path, folder),
+            "image": _relative(self.image.path, folder) if folder is not None and self.image.path else None,
             "prompt": self.prompt,
             "condition": self.condition,
             "model": self.model,
@@ -152,8 +160,8 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
-    def to_dict(self, folder: Path) -> dict[str, Any]:
-        """Returns the JSON form for a file in `folder` (picture paths relative to it)."""
+    def to_dict(self, folder: Path | None) -> dict[str, Any]:
+        """Returns the JSON form for a file in `folder` (picture paths relative to it; None: no pictures)."""
         row: dict[str, Any] = {**self.extra, "id": self.id, "prompt": self.prompt}
         if self.condition is not None:
             row["condition"] = self.condition
@@ -192,6 +200,11 @@ class Record:
             meta=_mapping(rest.pop("meta", None) or {}, f"{where}: meta"),
             extra=rest,
         )
+
+    @property
+    def labelled_by_scorers(self) -> bool:
+        """Whether `diffalign pair` gave the labels, ranks and votes, not people."""
+        return self.source.startswith(BY_SCORERS)
 
     def pair_target(self) -> float | None:
         """Returns P(first candidate preferred) of a pair, from its labels: 1, 0, 0.5 for a tie, or between.
@@ -245,7 +258,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # broken JSON or broken UTF-8
+            except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested without end
                 raise UserError(f"{path}:{number} is not JSON ({brief(error)})") from error
             yield f"{path.name}:{number}", row
 
@@ -270,6 +283,8 @@ def _number(value: Any, where: str) -> float | None:
     # An int stays one, so that a file survives a round trip as it was.
     if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
         raise UserError(f"{where} is {value!r}, expected a number")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise UserError(f"{where} is a number of {len(str(abs(value)))} digits: no float can hold it")
     return value
 
 

@@ -6,15 +6,19 @@ rows were bad, the run is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from math import isfinite
+from typing import TypeVar
 
 from PIL import Image
 
+from diffalign.common.ahead import ordered
 from diffalign.common.errors import UserError
 from diffalign.data.pictures import BadImage
 from diffalign.data.records import BadLabel, Candidate, Record
+from diffalign.data.tally import BAD_REASONS, Tally
 
 __all__ = [
     "BAD_REASONS",
@@ -25,6 +29,7 @@ __all__ = [
     "OneScale",
     "ScoreFacts",
     "Tally",
+    "Unusable",
     "UsableGroups",
     "check_share",
     "check_ties",
@@ -35,39 +40,14 @@ MIN_SIDE = 8
 
 TIES = ("drop", "soft")
 
-UNITS = ("pair", "list", "single")
-"""What an objective trains on: two images of which one is preferred, k rated images, or single images."""
+UNITS = ("pair", "list", "single", "any")
+"""What an objective trains on: two images of which one is preferred, k rated images, or single images.
 
-BAD_REASONS = (
-    "bad_text",
-    "not_a_pair",
-    "not_a_list",
-    "bad_label",
-    "missing_image",
-    "corrupt_image",
-    "tiny_image",
-)
-"""Drop reasons that speak against the data; `tie` and `unlabelled` are normal."""
+"any" is what a cache keeps for all of them: whole records that some objective can use.
+"""
 
-HINTS = {
-    "tie": "data.ties=soft trains ties too, where the objective can",
-    "unlabelled": "give labelled rows, or make pairs with diffalign pair",
-    "no_score": "score the pictures with the scorer that the objective reads, then pair them again",
-    "equal_scores": "use a finer scorer, or pictures that differ more",
-    "single_picture": "draw several pictures a prompt, then pair how=lists",
-    "not_a_pair": "make pairs with diffalign pair how=all_pairs",
-    "not_a_list": "make lists with diffalign pair how=lists",
-    "missing_image": "the paths of the rows start from the data's own folder",
-}
-"""What helps when most of the dropped records are dropped for one reason."""
-
-NAMED_IN_MESSAGES = 3
-
-
-def _hint(dropped: Mapping[str, list[str]]) -> str:
-    """What helps against the reason that most of the dropped records have; "" where nothing is known."""
-    most = max(dropped, key=lambda reason: len(dropped[reason]), default="")
-    return HINTS.get(most, "")
+Chosen = tuple[str, tuple[Candidate, ...], float | None]
+"""Id, candidates and target of a group whose pictures are not opened yet."""
 
 
 @dataclass(frozen=True)
@@ -140,65 +120,13 @@ class Group:
     target: float | None
 
 
-@dataclass
-class Tally:
-    """How many records were asked for, used, and dropped for which reason (with their ids)."""
-
-    what: str = "data"
-    asked: int = 0
-    used: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-
-    def drop(self, reason: str, name: str) -> None:
-        """Counts the record `name` as dropped."""
-        self.dropped.setdefault(reason, []).append(name)
-
-    @property
-    def bad(self) -> dict[str, list[str]]:
-        """The dropped records that speak against the data, by reason."""
-        return {reason: self.dropped[reason] for reason in BAD_REASONS if reason in self.dropped}
-
-    @property
-    def bad_share(self) -> float:
-        """Bad records / (bad + used), in [0, 1]: ties and unlabelled rows count on neither side."""
-        bad = sum(map(len, self.bad.values()))
-        return bad / (bad + self.used) if bad else 0.0
-
-    def counts(self) -> dict[str, Any]:
-        """Returns `{"asked": n, "used": n, "dropped": {reason: n}}`, for manifests."""
-        return {
-            "asked": self.asked,
-            "used": self.used,
-            "dropped": {reason: len(names) for reason, names in self.dropped.items()},
-        }
-
-    def reasons(self) -> str:
-        """Returns the drop counts in words ("152 tie, 13 corrupt_image"), or "none dropped"."""
-        return ", ".join(f"{len(names)} {reason}" for reason, names in self.dropped.items()) or "none dropped"
-
-    def refuse_if_empty(self) -> None:
-        """Raises UserError when no record was usable."""
-        if self.used:
-            return
-        hint = _hint(self.dropped)
-        hint = hint and f": {hint}"
-        raise UserError(f"{self.what}: none of {self.asked} rows is usable ({self.reasons()}){hint}")
-
-    def refuse_if_too_many(self, max_share: float) -> None:
-        """Raises UserError when the share of bad records is above `max_share` (in [0, 1])."""
-        share = self.bad_share
-        if share <= max_share:
-            return
-        groups = [f"{len(names)} {reason} ({_some(names)})" for reason, names in self.bad.items()]
-        raise UserError(
-            f"{self.what}: {share:.1%} of the rows that could be used are bad, "
-            f"more than max_bad_share={max_share:g}: "
-            f"{', '.join(groups)}; {_hint(self.bad) or 'repair the data'} or raise data.max_bad_share"
-        )
+Made = TypeVar("Made")
 
 
 class UsableGroups:
     """The usable groups of `records`, in order: iterate once, read `tally` at any time.
+
+    Pictures are decoded in threads, ahead of the caller (PIL works outside the interpreter's lock).
 
     Iterating raises UserError at the end of the pass, when too many records were bad or none was usable.
 
@@ -214,6 +142,7 @@ class UsableGroups:
         limit: stop after so many usable records.
         min_side: smallest side in pixels of a picture.
         what: what messages call the data.
+        opens: whether pictures are decoded; otherwise groups have none.
     """
 
     def __init__(
@@ -229,6 +158,7 @@ class UsableGroups:
         limit: int | None = None,
         min_side: int = MIN_SIDE,
         what: str = "data",
+        opens: bool = True,
     ) -> None:
         check_ties(ties)
         check_share(max_bad_share)
@@ -244,59 +174,99 @@ class UsableGroups:
         self._max_bad_share = max_bad_share
         self._limit = limit
         self._min_side = min_side
+        self._opens = opens
 
     def __iter__(self) -> Iterator[Group]:
+        return self.made(lambda group: group)
+
+    def made(self, make: Callable[[Group], Made]) -> Iterator[Made]:
+        """Yields `make(group)` of each group, made in the threads that decode.
+
+        `make` may raise Unusable: then the whole record is dropped for that reason.
+        """
         if self._limit is None or self.tally.used < self._limit:
-            for record in self._records:
-                self.tally.asked += 1
-                try:
-                    groups = self._usable(record)
-                except _Dropped as dropped:
-                    self.tally.drop(dropped.reason, record.id)
-                    continue
-                self.tally.used += 1
-                yield from groups
-                if self._limit is not None and self.tally.used >= self._limit:
-                    break
+            with closing(self.outcomes(make)) as results:
+                for record, outcome in results:
+                    self.tally.asked += 1
+                    if isinstance(outcome, Unusable):
+                        self.tally.drop(outcome.reason, record.id)
+                        continue
+                    self.tally.used += 1
+                    yield from outcome
+                    if self._limit is not None and self.tally.used >= self._limit:
+                        break
         # First the share: with nothing usable it says more about why.
         self.tally.refuse_if_too_many(self._max_bad_share)
         self.tally.refuse_if_empty()
 
-    def _usable(self, record: Record) -> list[Group]:
-        """The groups of a record; raises _Dropped. Pictures come last: decoding costs time."""
-        if record.problem is not None:
-            raise _Dropped(record.problem)
-        chosen = self._chosen(record)
-        reason = None if self._reject is None else self._reject(record)
-        if reason is not None:
-            raise _Dropped(reason)
-        return [
-            Group(name, record, candidates, tuple(map(self._open, candidates)), target)
-            for name, candidates, target in chosen
-        ]
+    def outcomes(
+        self, make: Callable[[Group], Made]
+    ) -> Generator[tuple[Record, list[Made] | Unusable], None, None]:
+        """Yields each record with what was made of its groups, or why it is not usable; tallies nothing."""
+        work = self._opened(make)
+        if self._opens:
+            yield from ordered(self._records, self._usable, work)
+        else:
+            for record in self._records:
+                yield record, work(record, self._usable(record))
 
-    def _chosen(self, record: Record) -> list[tuple[str, tuple[Candidate, ...], float | None]]:
+    def _usable(self, record: Record) -> list[Chosen] | Unusable:
+        """The groups of a record without their pictures; in order, since `reject` may compare records."""
+        try:
+            if record.problem is not None:
+                raise Unusable(record.problem)
+            chosen = self._chosen(record)
+            reason = None if self._reject is None else self._reject(record)
+            if reason is not None:
+                raise Unusable(reason)
+        except Unusable as unusable:
+            return unusable
+        return chosen
+
+    def _opened(
+        self, make: Callable[[Group], Made]
+    ) -> Callable[[Record, list[Chosen] | Unusable], list[Made] | Unusable]:
+        """What the threads do with a record: decode its pictures, which costs most, and `make`."""
+
+        def work(record: Record, chosen: list[Chosen] | Unusable) -> list[Made] | Unusable:
+            if isinstance(chosen, Unusable):
+                return chosen
+            try:
+                return [
+                    make(Group(name, record, candidates, self._images(candidates), target))
+                    for name, candidates, target in chosen
+                ]
+            except Unusable as unusable:
+                return unusable
+
+        return work
+
+    def _chosen(self, record: Record) -> list[Chosen]:
         """`(id, candidates, target)` of each group that the record gives."""
         candidates = tuple(record.candidates)
+        if self._unit == "any" and len(candidates) != 2:
+            if not any(map(has_worth, candidates)):
+                raise Unusable("unlabelled")
+            if any(candidate.label is not None and not isfinite(candidate.label) for candidate in candidates):
+                raise Unusable("bad_label")
+            return [(record.id, candidates, None)]
         if self._unit == "list":
             if len(candidates) < 2:
-                raise _Dropped("not_a_list")
+                raise Unusable("not_a_list")
             return [(record.id, candidates, None)]
         if self._unit == "single" and len(candidates) == 1:
             return self._kept_singles(record, [_desirability(record)])
         if len(candidates) != 2:
-            raise _Dropped("not_a_pair")
+            raise Unusable("not_a_pair")
         target = self._pair_target(record)
-        if self._unit == "pair":
+        if self._unit in ("pair", "any"):
             return [(record.id, candidates, target)]
         return self._kept_singles(record, [float(target > 0.5), float(target < 0.5)])
 
-    def _kept_singles(
-        self, record: Record, desirable: list[float]
-    ) -> list[tuple[str, tuple[Candidate, ...], float | None]]:
+    def _kept_singles(self, record: Record, desirable: list[float]) -> list[Chosen]:
         kept = [side for side, value in enumerate(desirable) if value or self._undesirable]
         if not kept:
-            raise _Dropped("not_preferred")
+            raise Unusable("not_preferred")
         return [
             (
                 record.id if len(kept) == 1 else f"{record.id}:{side}",
@@ -310,23 +280,28 @@ class UsableGroups:
         try:
             target = record.pair_target()
         except BadLabel as error:
-            raise _Dropped("bad_label") from error
-        if target is None and self._unlabelled:
+            raise Unusable("bad_label") from error
+        if target is None and (
+            self._unlabelled or (self._unit == "any" and any(map(has_worth, record.candidates)))
+        ):
             return 0.5
         if target is None:
-            raise _Dropped("unlabelled")
+            raise Unusable("unlabelled")
         if target == 0.5 and self._ties == "drop":
-            raise _Dropped("tie")
+            raise Unusable("tie")
         return float(target)
+
+    def _images(self, candidates: tuple[Candidate, ...]) -> tuple[Image.Image, ...]:
+        return tuple(map(self._open, candidates)) if self._opens else ()
 
     def _open(self, candidate: Candidate) -> Image.Image:
         try:
             return candidate.image.open(min_side=self._min_side)
         except BadImage as error:
-            raise _Dropped(error.reason) from error
+            raise Unusable(error.reason) from error
 
 
-class _Dropped(Exception):
+class Unusable(Exception):
     """A record that is left out, and why."""
 
     def __init__(self, reason: str) -> None:
@@ -334,13 +309,20 @@ class _Dropped(Exception):
         self.reason = reason
 
 
+def has_worth(candidate: Candidate) -> bool:
+    """Whether something says how good a picture is: a label, a rank, votes or a score."""
+    return bool(candidate.scores) or any(
+        value is not None for value in (candidate.label, candidate.rank, candidate.votes)
+    )
+
+
 def _desirability(record: Record) -> float:
-    """1 or 0 of a record with one candidate; raises _Dropped where its label is none or between."""
+    """1 or 0 of a record with one candidate; raises Unusable where its label is none or between."""
     label = record.candidates[0].label
     if label is None:
-        raise _Dropped("unlabelled")
+        raise Unusable("unlabelled")
     if label not in (0.0, 1.0):
-        raise _Dropped("bad_label")
+        raise Unusable("bad_label")
     return float(label)
 
 
@@ -354,8 +336,3 @@ def check_share(max_bad_share: float) -> None:
     """Raises UserError when `max_bad_share` is no share."""
     if not 0.0 <= max_bad_share <= 1.0:
         raise UserError(f"max_bad_share={max_bad_share}: give a share between 0 and 1")
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMED_IN_MESSAGES])
-    return f"{shown}, ..." if len(names) > NAMED_IN_MESSAGES else shown

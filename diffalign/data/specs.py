@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from diffalign.common.errors import UserError, unknown
 
@@ -16,6 +16,8 @@ class PreprocessSpec:
         resolution: pixels; buckets have about its square as area; null: the base's own.
         buckets: "aspect" keeps the aspect ratio of a group as well as a bucket can, "square" crops.
         crop: "center", or "random" with one fraction a group.
+        max_crop: groups with a picture that would lose more than this share of its area are dropped and
+            counted.
         flip: mirror half of the groups, both images alike; wrong for prompts that say left or right.
         size_conditioning: "target" tells the network the bucket's size for every image; "per_image" the
             picture's own size and crop, for SFT only: in a preference pair it would let the size give the
@@ -27,6 +29,7 @@ class PreprocessSpec:
     resolution: int | None = None
     buckets: Literal["aspect", "square"] = "aspect"
     crop: Literal["center", "random"] = "center"
+    max_crop: float = 0.3
     flip: bool = False
     size_conditioning: Literal["target", "per_image"] = "target"
     batch_size: int = 8
@@ -40,12 +43,20 @@ class PreprocessSpec:
         ):
             if value not in known:
                 raise unknown(f"preprocess.{key}", value, known)
+        if not 0.0 <= self.max_crop <= 1.0:
+            raise UserError(f"preprocess.max_crop is {self.max_crop}: use a share in [0, 1]; 1 keeps all")
         if self.batch_size < 1:
             raise UserError(f"preprocess.batch_size is {self.batch_size}: use 1 or more")
         if self.resolution is not None and self.resolution < 1:
             raise UserError(f"preprocess.resolution is {self.resolution}: use a number of pixels")
         if not self.memory_limit_gb > 0:
             raise UserError(f"preprocess.memory_limit_gb is {self.memory_limit_gb}: use a value above 0")
+
+    def decides(self) -> dict[str, Any]:
+        """The keys that decide what the network sees, and not how much is encoded at once."""
+        return {
+            key: value for key, value in vars(self).items() if key not in ("batch_size", "memory_limit_gb")
+        }
 
 
 @dataclass

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from diffalign.common.config import make_many, make_one
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
+from diffalign.data.specs import PreprocessSpec
 from diffalign.training.specs import Settings, ValidationSpec
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from diffalign.data.cache import EncodedSet
+    from diffalign.data.encoded import Encoded
     from diffalign.data.select import UsableGroups
+    from diffalign.data.tally import Tally
     from diffalign.models._base import Model
     from diffalign.objectives._base import Objective, OnPolicyObjective
     from diffalign.training.feed import Feed
@@ -27,7 +29,7 @@ class Examples(Protocol):
         """What the manifest names as input, and what must be equal for a run to go on; after `prepare`."""
         ...
 
-    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
+    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, Encoded | None]:
         """What gives the micro-batches, and pairs held out for validation; encodes what is to be encoded."""
         ...
 
@@ -45,7 +47,10 @@ class GivenPictures:
 
     def __init__(self, objective: Objective, settings: Settings, data: Any) -> None:
         if data is None:
-            raise UserError("train needs data: name a source and its path, e.g. data=pickapic data.path=...")
+            raise UserError(
+                "train needs data: name a source and its path, e.g. data=pickapic data.path=..., or give "
+                "cache=FOLDER"
+            )
         self._objective, self._settings = objective, settings
         self._source = make_one("data.sources", data)
         self._source.files()  # a mistyped path is told before a base is fetched
@@ -63,7 +68,7 @@ class GivenPictures:
         found: dict[str, Path | str] = self._source.inputs()
         return found
 
-    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
+    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, Encoded | None]:
         """Encodes everything and splits off the held-out pairs."""
         from diffalign.training.feed import Offline
 
@@ -76,21 +81,88 @@ class GivenPictures:
         """The tally of the data."""
         return self._groups.tally.counts(), self._groups.tally.dropped
 
-    def _encode(self, model: Model) -> EncodedSet:
+    def _encode(self, model: Model) -> Encoded:
         from diffalign.common.progress import Progress, say
-        from diffalign.data.cache import encode
+        from diffalign.data.encoding import encode
 
-        groups = self._groups
+        groups, settings = self._groups, self._settings
         with Progress("encode", None, f"{self._objective.unit}s") as bar:
-
-            def counted() -> Any:
-                for group in groups:
-                    yield group
-                    bar.update(1)
-
-            encoded = encode(counted(), model, self._settings.preprocess, seed=self._settings.seed)
+            encoded = encode(groups, model, settings.preprocess, seed=settings.seed, advance=bar.update)
         say(f"{len(encoded)} examples of {groups.tally.asked} rows; dropped: {groups.tally.reasons()}")
         return encoded
+
+
+class CachedPictures:
+    """The usable groups of a cache, read as they are needed.
+
+    Raises:
+        UserError: no cache, one that is not complete, or one that the objective cannot use.
+    """
+
+    def __init__(self, objective: Objective, settings: Settings, folder: str) -> None:
+        from diffalign.data.cache import open_cache
+        from diffalign.data.select import ScoreFacts
+
+        self._objective, self._settings, self._folder = objective, settings, folder
+        self._cache = open_cache(folder)
+        theirs = PreprocessSpec(**self._cache.facts["preprocess"])
+        if settings.preprocess.decides() not in (PreprocessSpec().decides(), theirs.decides()):
+            raise UserError("preprocess is that of the cache: leave it out, or make another cache with it")
+        kept = self._cache.facts["posterior"]
+        if settings.loader.posterior == "sample" and kept == "mean":
+            raise UserError(f"cache={folder} keeps means of latents only: set loader.posterior=mean")
+        objective.check_data(
+            {name: ScoreFacts(**facts) for name, facts in self._cache.facts["scores"].items()}
+        )
+        self._tally: Tally | None = None
+
+    def inputs(self) -> dict[str, Path | str]:
+        """The cache, by what it was made of."""
+        return {"cache": f"cache {self._cache.facts['identity']}"}
+
+    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, Encoded | None]:
+        """Chooses the groups and splits off the held-out pairs; encodes nothing."""
+        from diffalign.common.progress import say
+        from diffalign.objectives._base import Objective
+        from diffalign.training.feed import Offline
+
+        self._refuse_another_base(model)
+        objective, settings = self._objective, self._settings
+        takes_all = type(objective).reject is Objective.reject
+        chosen, self._tally = self._cache.choose(
+            unit=objective.unit,
+            undesirable=objective.undesirable,
+            reject=None if takes_all else objective.reject,
+            limit=settings.limit,
+            unlabelled=not objective.needs_labels,
+        )
+        say(f"{len(chosen)} examples of {self._tally.asked} rows; dropped: {self._tally.reasons()}")
+        train_set, heldout = split(chosen, settings.validation, settings.seed)
+        return Offline(train_set, settings, model.process.num_timesteps, objective.noise), heldout
+
+    def _refuse_another_base(self, model: Model) -> None:
+        facts = self._cache.facts
+        if facts["encoders"] != model.encoder_fingerprint():
+            raise UserError(
+                f"cache={self._folder} was made with another VAE or other text encoders than the model's: "
+                "make one with this base"
+            )
+        if facts["size_multiple"] % model.size_multiple:
+            raise UserError(
+                f"cache={self._folder} has sides that are multiples of {facts['size_multiple']}, the model's "
+                f"network needs multiples of {model.size_multiple}: make one with this base"
+            )
+        made, own = facts["resolution"], model.default_resolution
+        if facts["preprocess"]["resolution"] is None and made != own:
+            raise UserError(
+                f"cache={self._folder} was made at another base's {made} pixels, the model's are {own}: make "
+                f"one with this base, or say preprocess.resolution={made} when making it"
+            )
+
+    def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """The tally of the rows of the cache."""
+        assert self._tally is not None  # prepare
+        return self._tally.counts(), self._tally.dropped
 
 
 class OwnPictures:
@@ -132,7 +204,7 @@ class OwnPictures:
             **({} if exemplars is None else {"exemplars": Path(exemplars)}),
         }
 
-    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, EncodedSet | None]:
+    def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, Encoded | None]:
         """Encodes the prompts and loads the scorer."""
         from diffalign.training.labeller import Labeller
         from diffalign.training.ranks import Ranks
@@ -162,7 +234,7 @@ class OwnPictures:
         return {"asked": len(self._prompts), "used": len(self._prompts), "dropped": {}}, {}
 
 
-def split(encoded: EncodedSet, validation: ValidationSpec, seed: int) -> tuple[EncodedSet, EncodedSet | None]:
+def split(encoded: Encoded, validation: ValidationSpec, seed: int) -> tuple[Encoded, Encoded | None]:
     """`(training set, held-out pairs)`.
 
     Raises:

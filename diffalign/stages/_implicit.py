@@ -9,7 +9,8 @@ from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.common.progress import Progress
 from diffalign.common.statistics import Interval, bootstrap_interval
-from diffalign.data.cache import EncodedSet, encode
+from diffalign.data.encoded import Encoded
+from diffalign.data.encoding import encode
 from diffalign.data.sources._base import Source
 from diffalign.data.specs import PreprocessSpec
 from diffalign.models._spec import ModelSpec
@@ -84,7 +85,7 @@ def base_accuracy(judgements: list[PairJudgement]) -> Interval:
     return bootstrap_interval([judgement.reference_right() for judgement in judgements])
 
 
-def rows_of(judgements: list[PairJudgement], encoded: EncodedSet) -> list[dict[str, Any]]:
+def rows_of(judgements: list[PairJudgement], encoded: Encoded) -> list[dict[str, Any]]:
     """One plain row a pair: id, prompt, margin of mean errors, whether it is right, fields to split by."""
     examples = {example.id: example for example in encoded.examples}
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet
+from diffalign.data.encoded import Encoded
 from diffalign.data.loader import batches
 from diffalign.diffusion.likelihood import Draws
 from diffalign.training.sampling import training_draws
@@ -54,7 +54,7 @@ class Offline:
         noise: one for all images of a group ("shared") or one for each ("independent").
     """
 
-    encoded: EncodedSet
+    encoded: Encoded
     settings: Settings
     num_timesteps: int
     noise: Literal["shared", "independent"] = "shared"

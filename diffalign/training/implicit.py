@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.common.statistics import Interval, bootstrap_interval
 from diffalign.data.batches import Batch, first_and_second
-from diffalign.data.cache import EncodedSet
+from diffalign.data.encoded import Encoded
 from diffalign.data.loader import Plan, assemble
 from diffalign.data.specs import LoaderSpec
 from diffalign.diffusion.denoiser import Denoiser
@@ -65,7 +65,7 @@ def _right(margin: float) -> float:
 @torch.no_grad()
 def judge(
     denoiser: Denoiser,
-    encoded: EncodedSet,
+    encoded: Encoded,
     *,
     num_draws: int,
     batch_size: int,
@@ -101,7 +101,7 @@ def accuracy(judgements: list[PairJudgement], *, level: float = 0.95) -> Interva
     return bootstrap_interval(np.array([judgement.right() for judgement in judgements]), level=level)
 
 
-def _decided_batches(encoded: EncodedSet, batch_size: int) -> Iterator[Batch]:
+def _decided_batches(encoded: Encoded, batch_size: int) -> Iterator[Batch]:
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, example in enumerate(encoded.examples):
         if example.target is not None and example.target != 0.5:

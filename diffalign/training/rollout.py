@@ -19,7 +19,8 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet, Example, encode_prompts
+from diffalign.data.encoded import EncodedSet, Example
+from diffalign.data.encoding import encode_prompts
 from diffalign.data.loader import Plan, assemble
 from diffalign.data.prompts import Prompt
 from diffalign.data.specs import PreprocessSpec

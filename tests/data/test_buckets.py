@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from diffalign.common.errors import UserError
-from diffalign.data.buckets import Placement, PreprocessSpec, bucket_sizes, fit, place
+from diffalign.data.buckets import Placement, PreprocessSpec, TooMuchCropped, bucket_sizes, fit, place
 from tests.tiny_training import picture
 
 
@@ -53,15 +53,27 @@ SIZES = bucket_sizes(32, 4, "aspect")
     [
         ([(640, 480), (640, 480)], (28, 36)),  # 4:3 = 1.333; 36/28 = 1.286, 40/24 = 1.667
         ([(1000, 200)], (24, 40)),  # wider than any bucket
-        ([(32, 64), (64, 32)], (32, 32)),  # the mean of log 1/2 and log 2 is 0
-        ([(32, 64), (32, 64), (64, 32)], (36, 28)),  # -log(2) / 3: 0.794; 28/36 = 0.778
+        # of 1/2 and 2 any bucket between keeps 1/4 in all: the mean of log 1/2 and log 2 is 0
+        ([(32, 64), (64, 32)], (32, 32)),
+        # twice 1/2: 24/40 = 0.6 keeps (0.5 / 0.6)^2 (0.6 / 2) = 0.21, 28/36 = 0.78 only 0.16
+        ([(32, 64), (32, 64), (64, 32)], (40, 24)),
     ],
 )
-def test_a_group_goes_to_the_bucket_of_its_mean_log_aspect(
+def test_a_group_goes_to_the_bucket_that_crops_it_least(
     pictures: list[tuple[int, int]], bucket: tuple[int, int]
 ) -> None:
     group = [Image.new("RGB", size) for size in pictures]
-    assert place(group, SIZES, PreprocessSpec(), "key").size == bucket
+    assert place(group, SIZES, PreprocessSpec(max_crop=1.0), "key").size == bucket
+
+
+def test_a_group_that_loses_too_much_is_refused() -> None:
+    """4:3 and 3:4 share the square and lose 1/4 each; 1000 x 200 in 40 x 24 keeps (5/3) / 5 = 1/3."""
+    mixed = [Image.new("RGB", (400, 300)), Image.new("RGB", (300, 400))]
+    assert place(mixed, SIZES, PreprocessSpec(max_crop=0.2501), "key").size == (32, 32)
+    with pytest.raises(TooMuchCropped):
+        place(mixed, SIZES, PreprocessSpec(max_crop=0.2499), "key")
+    with pytest.raises(TooMuchCropped):
+        place([Image.new("RGB", (1000, 200))], SIZES, PreprocessSpec(), "key")
 
 
 def test_crop_and_flip_are_drawn_from_the_key() -> None:
@@ -89,8 +101,8 @@ def stripes(width: int, height: int, slope: int = 4) -> Image.Image:
 def test_a_picture_of_the_right_size_keeps_its_pixels() -> None:
     source = stripes(40, 24)
     pixels, corner = fit(source, Placement((24, 40), (0.5, 0.5), flip=False))
-    assert corner == (0, 0) and pixels.dtype == torch.float32 and pixels.shape == (3, 24, 40)
-    assert np.array_equal((pixels * 255).round().permute(1, 2, 0).numpy(), np.asarray(source))
+    assert corner == (0, 0) and pixels.dtype == torch.uint8 and pixels.shape == (3, 24, 40)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(source))
     mirrored, _ = fit(source, Placement((24, 40), (0.5, 0.5), flip=True))
     assert torch.equal(mirrored, pixels.flip(2))
 
@@ -103,21 +115,21 @@ def test_what_hangs_over_is_cut_off(fraction: tuple[float, float], corner: tuple
     """48 x 24 into 40 x 24: 8 columns hang over; the fraction of them goes at the left (0.3 * 8 = 2.4: 2)."""
     pixels, found = fit(stripes(48, 24), Placement((24, 40), fraction, flip=False))
     assert found == corner
-    assert (pixels[0, 0] * 255 / 4).round().tolist() == list(range(corner[1], corner[1] + 40))
+    assert (pixels[0, 0] / 4).round().tolist() == list(range(corner[1], corner[1] + 40))
 
 
 def test_the_aspect_ratio_is_kept() -> None:
     """96 x 48 into 40 x 24: scaled by max(24 / 48, 40 / 96) = 1/2 to 48 x 24, 4 columns off each side."""
     pixels, corner = fit(stripes(96, 48, 2), Placement((24, 40), (0.5, 0.5), flip=False))
     assert corner == (0, 4)
-    across, down = pixels[0, 12, 10:30].diff().mean(), pixels[1, 6:18, 20].diff().mean()
+    across, down = pixels[0, 12, 10:30].float().diff().mean(), pixels[1, 6:18, 20].float().diff().mean()
     assert across.item() == pytest.approx(down.item(), rel=0.05)
 
 
 def test_small_and_odd_pictures_fill_the_bucket() -> None:
     for size in ((1, 1), (3, 50), (7, 13), (33, 32)):
         pixels, _ = fit(picture(1, size), Placement((24, 40), (0.9, 0.9), flip=True))
-        assert pixels.shape == (3, 24, 40) and pixels.min() >= 0.0 and pixels.max() <= 1.0
+        assert pixels.shape == (3, 24, 40)
 
 
 def test_pixels_are_those_of_covering_and_cropping() -> None:
@@ -134,7 +146,7 @@ def test_pixels_are_those_of_covering_and_cropping() -> None:
             round(crop[1] * (covering.width - width)),
         )
         expected = np.asarray(covering.crop((left, top, left + width, top + height)), dtype=np.float32)
-        assert np.abs(pixels.permute(1, 2, 0).numpy() * 255 - expected).max() < 2.5
+        assert np.abs(pixels.permute(1, 2, 0).numpy() - expected).max() < 2.5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
@@ -152,6 +164,7 @@ def test_a_thin_strip_does_not_fill_the_memory() -> None:
         ({"buckets": "aspects"}, "unknown preprocess.buckets 'aspects': did you mean 'aspect'"),
         ({"crop": "centre"}, "unknown preprocess.crop 'centre': did you mean 'center'"),
         ({"size_conditioning": "image"}, "unknown preprocess.size_conditioning 'image'"),
+        ({"max_crop": 1.5}, "preprocess.max_crop is 1.5: use a share in"),
         ({"batch_size": 0}, "preprocess.batch_size is 0: use 1 or more"),
         ({"resolution": 0}, "preprocess.resolution is 0"),
         ({"memory_limit_gb": 0.0}, "preprocess.memory_limit_gb is 0.0: use a value above 0"),

@@ -12,13 +12,13 @@ import torch
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.data.batches import Batch, first_and_second
-from diffalign.data.cache import EncodedSet, Example
+from diffalign.data.encoded import EncodedSet, Example
 from diffalign.data.loader import (
+    EpochPlans,
     LoaderSpec,
     Plan,
     assemble,
     batches,
-    epoch_plans,
     plans_from,
     split_by_prompt,
 )
@@ -58,7 +58,7 @@ def encoded_set(count: int = 11, *, wide: int = 4, images: int = 2, prompts: int
 def test_an_epoch_holds_every_example_once(batch_size: int) -> None:
     encoded = encoded_set()
     for epoch in range(3):
-        plans = epoch_plans(encoded, batch_size, seed=0, epoch=epoch)
+        plans = EpochPlans(encoded.kinds(), batch_size, seed=0, epoch=epoch)
         indices = [index for plan in plans for index in plan.indices]
         assert sorted(indices) == list(range(11))
         for plan in plans:
@@ -74,7 +74,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     encoded = encoded_set()
     orders = {
         (seed, epoch): tuple(
-            i for plan in epoch_plans(encoded, 2, seed=seed, epoch=epoch) for i in plan.indices
+            i for plan in EpochPlans(encoded.kinds(), 2, seed=seed, epoch=epoch) for i in plan.indices
         )
         for seed in (0, 1)
         for epoch in (0, 1)
@@ -87,7 +87,7 @@ def test_short_batches_do_not_gather_at_the_end_of_epochs() -> None:
     encoded = encoded_set(wide=0)
     places = []
     for epoch in range(40):
-        sizes = [len(plan.indices) for plan in epoch_plans(encoded, 2, seed=0, epoch=epoch)]
+        sizes = [len(plan.indices) for plan in EpochPlans(encoded.kinds(), 2, seed=0, epoch=epoch)]
         places.append(sizes.index(1))
     assert len(set(places)) == 6
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from diffalign.common.errors import UserError
 from diffalign.data.buckets import PreprocessSpec
-from diffalign.data.cache import EncodedSet, ratings
-from diffalign.data.cache import encode as encode_groups
+from diffalign.data.encoded import EncodedSet, ratings
+from diffalign.data.encoding import encode as encode_groups
 from diffalign.data.pictures import ImageRef
 from diffalign.data.records import Candidate, Score
 from diffalign.data.select import Group
@@ -91,7 +91,9 @@ def test_a_group_shares_bucket_crop_flip_and_size_conditioning(encoder: Any) -> 
     encoded = encode(pairs, encoder, crop="random", flip=True)
     assert all(example.images[0] == example.images[1] for example in encoded.examples)
     assert len(encoded.means) > 6
-    mixed = encode([make_pair("m", images=(picture(1, (64, 32)), picture(2, (32, 64))))], encoder)
+    mixed = encode(
+        [make_pair("m", images=(picture(1, (64, 32)), picture(2, (32, 64))))], encoder, max_crop=1.0
+    )
     example = mixed.examples[0]
     assert example.size == (32, 32)
     assert [c["time_ids"].tolist() for c in example.conditions] == [[[32, 32, 0, 0, 32, 32]]] * 2
@@ -142,7 +144,7 @@ def test_more_data_than_the_memory_limit_is_refused(encoder: Any) -> None:
     """A picture keeps 2 x 4 x 16 x 16 float32 numbers, 8192 bytes: three fit into 25 kB, four do not."""
     pairs = [make_pair("a"), make_pair("b")]
     with pytest.raises(
-        UserError, match=r"4 encoded pictures exceed preprocess\.memory_limit_gb=2\.5e-05: set"
+        UserError, match=r"4 encoded pictures exceed preprocess\.memory_limit_gb=2\.5e-05: write"
     ):
         encode(pairs, encoder, memory_limit_gb=25e-6)
     assert len(encode(pairs[:1], encoder, memory_limit_gb=60e-6)) == 1  # and the embeddings of one prompt
