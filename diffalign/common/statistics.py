@@ -1,7 +1,8 @@
 """Intervals and paired tests (numpy only).
 
-All intervals but the jackknife's are percentile bootstrap intervals: resample with replacement, take the
-statistic, read the quantiles (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+All intervals but the jackknife's and that of a share are percentile bootstrap intervals: resample with
+replacement, take the statistic, read the quantiles (Efron and Tibshirani, An Introduction to the Bootstrap,
+1993, chapter 13).
 Values that belong together (the seeds of a prompt) are named by `clusters` and resampled as a block. NaN and
 infinities are refused with ValueError everywhere: callers drop such pairs and count them.
 """
@@ -82,6 +83,26 @@ def bootstrap_interval(
         resampled = _resample(blocks, statistic, num_resamples, rng)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(sample, axis=-1)), float(low), float(high), len(sample), level)
+
+
+def share_interval(count: int, n: int, *, level: float = 0.95) -> Interval:
+    """Returns `count / n` with its Wilson score interval, which stays in [0, 1] and needs no resampling.
+
+    With z the normal quantile its centre is (p + z^2 / 2n) / (1 + z^2 / n), its half width
+    z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n) (Wilson, J. Am. Stat. Assoc. 22, 1927).
+
+    Raises:
+        ValueError: not 0 <= count <= n, or n is 0.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    if n < 1 or not 0 <= count <= n:
+        raise ValueError(f"{count} of {n} is no share")
+    share, z = count / n, NormalDist().inv_cdf((1 + level) / 2)
+    scale = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half), n, level)
 
 
 def jackknife_interval(

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from diffalign.common.errors import UserError, brief
+from diffalign.common.files import printable
 
 __all__ = ["PICTURE_SUFFIXES", "BadImage", "ImageRef", "digest"]
 
@@ -78,7 +79,7 @@ class ImageRef:
                 self.name, "missing_image", f"cannot be read ({error.strerror or error})"
             ) from error
         except ValueError as error:  # a NUL, or characters that no file name can have
-            name = self.name.encode("utf-8", "backslashreplace").decode()
+            name = printable(self.name)
             raise BadImage(name, "missing_image", f"cannot be read ({error})") from error
         if not content:
             raise BadImage(self.name, "missing_image", "is an empty file")

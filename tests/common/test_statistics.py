@@ -10,6 +10,7 @@ from diffalign.common.statistics import (
     bootstrap_interval,
     jackknife_interval,
     paired_difference,
+    share_interval,
     sign_test,
     win_rate,
 )
@@ -137,3 +138,30 @@ def test_the_jackknife_leaves_out_whole_clusters() -> None:
     assert found.high - found.estimate == pytest.approx(1.959964 * 2.0, rel=1e-6)
     with pytest.raises(ValueError, match="two clusters"):
         jackknife_interval(lambda keep: 0.0, clusters=["a", "a"])
+
+
+def test_share_by_hand() -> None:
+    """With z = 2 (level 0.9545): 5 of 10 is 0.5 +- 2 sqrt(0.25 / 10 + 4 / 400) / (1 + 4 / 10)."""
+    interval = share_interval(5, 10, level=math.erf(math.sqrt(2)))
+    half = 2 * math.sqrt(0.025 + 0.01) / 1.4
+    assert (interval.estimate, interval.n) == (0.5, 10)
+    assert (interval.low, interval.high) == pytest.approx((0.5 - half, 0.5 + half))
+    # 0 of n ends at z^2 / (n + z^2).
+    edge = share_interval(0, 4, level=math.erf(math.sqrt(2)))
+    assert (edge.low, edge.high) == pytest.approx((0.0, 4 / 8))
+    assert share_interval(4, 4).high == 1.0
+
+
+def test_share_covers_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for count in rng.binomial(50, 0.3, 2000):
+        interval = share_interval(int(count), 50)
+        inside += interval.low <= 0.3 <= interval.high
+    assert abs(inside / 2000 - 0.95) < 0.02
+
+
+@pytest.mark.parametrize(("count", "n"), [(1, 0), (-1, 3), (4, 3)])
+def test_share_of_nothing(count: int, n: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} of {n} is no share"):
+        share_interval(count, n)

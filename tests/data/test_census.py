@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from diffalign.common.statistics import share_interval
 from diffalign.data.census import Census, clip_pieces, findings
 from diffalign.data.pictures import ImageRef
-from diffalign.data.records import Candidate, Record
+from diffalign.data.records import Candidate, Record, Score
 from diffalign.data.select import UsableGroups
 from diffalign.data.sources.pickapic import to_record
+from diffalign.data.votes import agreement
+from tests.drawn_pictures import encoded
 from tests.pickapic_files import BLUE, RED, jpeg, messy_rows, row
 
 
@@ -81,6 +86,19 @@ def test_usable_and_bad_share_are_what_training_finds(ties: str) -> None:
     assert census.bad_share == pairs.tally.bad_share == {"drop": 7 / 16, "soft": 8 / 18}[ties]
 
 
+def test_ranked_lists_and_scored_pairs_are_no_bad_pairs() -> None:
+    """Objectives of lists and singles train on them; without any rank, score or label nobody can."""
+
+    def record(name: str, count: int, **known: Any) -> Record:
+        images = [ImageRef(data=jpeg(shade), name=str(shade)) for shade in range(count)]
+        return Record(name, "p", [Candidate(image, **known) for image in images])
+
+    rated = [record("list", 3, rank=1), record("scored", 2, scores={"clip": Score(0.3)})]
+    report = census_of([*rated, record("good", 1, label=1.0), record("bare", 2)]).report()
+    assert (report["rated"], report["unlabelled"], report["usable"]) == (3, 1, 0)
+    assert report["problems"] == {"unlabelled": ["bare"]} and report["bad_share"] == 0.0
+
+
 def test_lists_are_counted_as_no_pairs_and_their_pictures_all_the_same() -> None:
     listed = Record("l", "p", [Candidate(ImageRef(data=jpeg(shade), name=str(shade))) for shade in (1, 2, 3)])
     report = census_of([listed]).report()
@@ -104,3 +122,132 @@ def test_clip_pieces(caption: str, pieces: int) -> None:
 def test_a_caption_is_long_only_beyond_what_clip_reads() -> None:
     census = census_of([to_record("75", row("x " * 75)), to_record("76", row("x " * 76))])
     assert census.long_captions == ["76"]
+
+
+def pair(
+    name: str, first: int, second: int, label: float = 1.0, user: str | None = "u", **both: int
+) -> Record:
+    """A pair of drawn pictures, each named by its seed; `both` are fields of the candidates."""
+    sides = ((first, label), (second, 1.0 - label))
+    candidates = [
+        Candidate(ImageRef(data=encoded(seed), name=f"{name}:{seed}"), label=value, **both)
+        for seed, value in sides
+    ]
+    return Record(name, "p", candidates, user=user)
+
+
+def test_position_is_reported_with_its_interval() -> None:
+    report = census_of([pair(str(n), 2 * n, 2 * n + 1, float(n < 3)) for n in range(4)]).report()
+    assert report["first_preferred_share"] == share_interval(3, 4).as_dict()
+    assert census_of([pair("0", 1, 2, 0.5)]).report()["first_preferred_share"] is None
+
+
+def test_pictures_that_look_alike_are_named_once_each() -> None:
+    rows = [
+        row("0", encoded(1, 64), encoded(2, 64)),
+        row("1", encoded(1, 64), encoded(3, 64)),  # the same bytes: no look-alike
+        row("2", encoded(2, 64, quality=60), encoded(4, 64)),
+        row("3", encoded(5, 64), encoded(5, 64, quality=60)),
+        row("4", RED, BLUE),  # flat
+        row("5", encoded(2, 64, quality=70), b"not an image"),
+    ]
+    census = census_of([to_record(f"f:{index}", content) for index, content in enumerate(rows)])
+    assert census.report()["near_duplicates"] == {
+        "distance": 4,
+        "pictures": 5,
+        "groups": 2,
+        "named": [["f:0[1]", "f:2[0]", "f:5[0]"], ["f:3[0]", "f:3[1]"]],
+        "within_pair": ["f:3"],
+    }
+
+
+def test_agreement_of_people_on_one_pair() -> None:
+    records = [
+        pair("0", 1, 2, 1.0, "anna"),
+        pair("1", 2, 1, 0.0, "ben"),  # the same, the other way round
+        pair("2", 1, 2, 0.0, "cem"),
+        pair("3", 1, 2, 0.0, "anna"),  # a second vote of one person does not count
+        pair("4", 3, 4, 0.8, "anna"),
+        pair("5", 3, 4, 0.5, "ben"),
+        pair("6", 5, 6, 1.0, None),
+        pair("7", 5, 6, 1.0, None),  # perhaps the same person
+        pair("8", 7, 8, 1.0, "anna"),
+        pair("9", 7, 8, 1.0, "anna"),
+    ]
+    found = census_of(records).agreement()
+    # 2 to 1: one of three pairs of votes is equal; a preference and a tie: none.
+    assert found == agreement([(2, 1, 0), (1, 0, 1)])
+    assert found is not None and found.pairwise.estimate == pytest.approx((1 / 3 + 0) / 2)
+    assert census_of(records[6:]).report()["agreement"] is None
+
+
+def test_agreement_of_counted_votes() -> None:
+    counted = pair("0", 1, 2)
+    counted.candidates[0].votes, counted.candidates[1].votes = 4, 1
+    again = pair("1", 1, 2, user="other")
+    one_sided = pair("2", 3, 4, votes=3)
+    one_sided.candidates[1].votes = None
+    assert census_of([counted, again, one_sided]).agreement() == agreement([(4, 1, 0)])
+
+
+def test_scorers_that_vote_are_no_people() -> None:
+    judged = pair("0", 1, 2)
+    judged.candidates[0].votes, judged.candidates[1].votes = 2, 1
+    judged.source = "pair:a+b+c"
+    assert census_of([judged]).agreement() is None
+
+
+def test_one_third_turned_round_is_two_thirds() -> None:
+    """The same votes in the other order do not contradict: 1 - 1/3 and 2/3 differ in the last bit."""
+    third = [pair("0", 1, 2, 1 / 3), pair("1", 2, 1, 2 / 3), pair("2", 2, 1, 1 / 3)]
+    report = census_of(third).report()
+    assert [found["row"] for found in report["duplicates"]] == ["1", "2"]
+    assert [found["row"] for found in report["conflicting_duplicates"]] == ["2"]
+
+
+def test_votes_in_a_circle_by_user_and_prompt() -> None:
+    rows = [(1, 2), (2, 3), (3, 1)]
+    circle = [pair(f"a{n}", first, second) for n, (first, second) in enumerate(rows)]
+    turned = [pair(f"b{n}", second, first, 0.0, "v") for n, (first, second) in enumerate(rows)]
+    two_people = [pair("c0", 4, 5), pair("c1", 5, 6), pair("c2", 6, 4, user="v")]
+    tied = [pair("d0", 7, 8), pair("d1", 8, 9), pair("d2", 9, 7, 0.5)]
+    other = [pair("e0", 10, 11), pair("e1", 11, 12), pair("e2", 12, 10)]
+    other[2].prompt = "another"
+    report = census_of([*circle, *turned, *two_people, *tied, *other]).report()
+    assert report["circular_votes"] == [["a0", "a1", "a2"], ["b0", "b1", "b2"]]
+
+
+def test_pictures_with_the_same_bytes_twice_or_missing_make_no_circle() -> None:
+    rows = [row("p", RED, RED), row("p", None, BLUE), row("p", BLUE, RED)]
+    assert (
+        census_of([to_record(str(n), content) for n, content in enumerate(rows)]).report()["circular_votes"]
+        == []
+    )
+
+
+def test_longest_captions_words_and_overlap() -> None:
+    captions = ["a b c", "a", "a b", "A  B", "nude a b c d", "a b c d", "x y z"]
+    census = Census(evaluation=frozenset({"a b", "unseen"}))
+    for finding in findings([to_record(str(n), row(caption)) for n, caption in enumerate(captions)]):
+        census.add(finding, ties="drop")
+    report = census.report()
+    assert report["longest_captions"] == [
+        {"row": "4", "tokens_at_least": 5},
+        {"row": "5", "tokens_at_least": 4},
+        {"row": "0", "tokens_at_least": 3},
+        {"row": "6", "tokens_at_least": 3},
+        {"row": "2", "tokens_at_least": 2},
+    ]
+    assert report["nsfw_words"] == ["4"]
+    assert report["overlap"] == {"prompts": 1, "rows": ["2", "3"]}
+    assert census_of([]).report()["overlap"] is None
+
+
+def test_nothing_at_all() -> None:
+    report = census_of([]).report()
+    assert (report["rows"], report["images"], report["distinct_images"], report["circular_votes"]) == (
+        0,
+        0,
+        0,
+        [],
+    )

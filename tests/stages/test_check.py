@@ -9,7 +9,9 @@ import pytest
 
 from diffalign.common.config import load_recipe
 from diffalign.common.errors import UserError
+from diffalign.common.statistics import share_interval
 from diffalign.stages.check import as_table, check
+from tests.drawn_pictures import encoded
 from tests.pickapic_files import messy_rows, row, write
 
 
@@ -31,7 +33,7 @@ def test_table_names_the_rows(messy: str, capsys: pytest.CaptureFixture[str]) ->
         "rows 20",
         "prompts 17",
         "images 38 (6 distinct)",
-        "decided 14 (first preferred in 9)",
+        "decided 14 (first preferred in 9: 64.3% [38.8%, 83.7%])",
         "ties 2",
         f"unlabelled 2 {name}:3, 17",
         "usable pairs 9 (ties=drop)",
@@ -49,6 +51,11 @@ def test_table_names_the_rows(messy: str, capsys: pytest.CaptureFixture[str]) ->
         "sizes 16x16: 33",
         "24x16: 1",
         "pairs of two sizes 1",
+        "look-alikes 0 pictures in 0 groups (within 4 of 64 bits)",
+        f"longest (least tokens) {name}:11 (76), 12 (3), 16 (3), 0 (2), 1 (2)",
+        "words not for work 0",
+        "two people agree in no pair with the votes of two people",
+        "circular votes 0",
     ):
         assert line in lines
     assert lines[-1].startswith("Training would refuse this data: 43.8%")
@@ -60,6 +67,38 @@ def test_json_is_all_that_stdout_holds(messy: str, capsys: pytest.CaptureFixture
     )
     assert json.loads(capsys.readouterr().out) == report
     assert (report["rows"], report["usable"], report["ties_policy"]) == (20, 10, "soft")
+
+
+def test_what_only_other_data_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Votes in a circle, two people on one pair, look-alikes, and a winner that is always first."""
+    circle = [row("p", encoded(a), encoded(b), user_id=1) for a, b in ((1, 2), (2, 3), (3, 1))]
+    again = row("p", encoded(2), encoded(1), user_id=2)
+    many = [row(f"nude {n}", encoded(10 + 2 * n), encoded(11 + 2 * n)) for n in range(100)]
+    alike = row("q", encoded(500, 64), encoded(500, 64, quality=60))
+    path = write(tmp_path / "t.parquet", [*circle, again, *many, alike])
+    run("data=pickapic", f"data.path={path}")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        "circular votes 1 t.parquet:0, 1, 2",
+        "two people agree in 0.0% [0.0%, 0.0%] over 1 pairs, 2 votes, Krippendorff's alpha 0.00",
+        "look-alikes 2 pictures in 1 groups (within 4 of 64 bits)",
+        "t.parquet:104[0], 104[1]",
+        "pairs of look-alikes 1 t.parquet:104",
+    ):
+        assert line in lines
+    assert any(line.startswith("words not for work 100 t.parquet:4, 5") for line in lines)
+    assert lines[-1].startswith(
+        "The first picture is preferred in 100.0% [96.5%, 100.0%] of the decided pairs"
+    )
+
+
+@pytest.mark.parametrize(("count", "warned"), [(500, False), (560, False), (600, True), (400, True)])
+def test_position_is_warned_of_only_when_it_is_far_from_even(
+    messy: str, capsys: pytest.CaptureFixture[str], count: int, warned: bool
+) -> None:
+    report = run("data=pickapic", f"data.path={messy}", "data.max_bad_share=1")
+    report["first_preferred_share"] = share_interval(count, 1000).as_dict()
+    assert ("the position tells the label" in as_table(report)) == warned
 
 
 def test_limit_counts_rows(messy: str) -> None:
