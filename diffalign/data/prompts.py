@@ -1,4 +1,4 @@
-"""Prompts from anywhere: a literal text, a list of them, or a file as its authors publish it."""
+"""Prompts from anywhere: a literal text, a list of them, a file as its authors publish it, or a known set."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from diffalign.common.errors import UserError, unknown
 from diffalign.common.files import read_text
 from diffalign.common.progress import say
+from diffalign.data.prompt_sets import SETS, similar_set
 from diffalign.data.records import read_lines
 
 __all__ = ["COLUMNS", "Prompt", "load_prompts", "prompt_file"]
@@ -49,16 +50,17 @@ def load_prompts(
     """Returns the prompts of `source` in order; repeated prompts are kept, each with its own id.
 
     Args:
-        source: a literal text; a list of literal texts; or a file: `.txt` (one a line, blank lines
-            skipped), `.tsv` (tabs, quotes are plain characters, as in PartiPrompts), `.csv`, `.jsonl`,
-            or `.json` (a list of texts or of objects).
+        source: a literal text; a list of literal texts; a file: `.txt` (one a line, blank lines skipped),
+            `.tsv` (tabs, quotes are plain characters, as in PartiPrompts), `.csv`, `.jsonl`, or `.json` (a
+            list of texts or of objects); or the name of a published set (`prompt_sets.SETS`), which is
+            fetched once. The word `parti` as a prompt is written as a list: `[parti]`.
         column: which column or field holds the prompt; by default the only one called prompt, caption or
             text.
         limit: only the first so many.
 
     Raises:
         UserError: the file is missing, empty, in another format or not UTF-8; the column is unknown or
-            ambiguous; a row has no prompt.
+            ambiguous; a row has no prompt; a set that is not here cannot be fetched.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: give a number of prompts of at least 1, or leave it out")
@@ -66,12 +68,37 @@ def load_prompts(
         prompts = [_literal(text, index) for index, text in enumerate(source)]
         if not prompts:
             raise UserError("the list of prompts is empty: give at least one prompt")
+    elif _names_set(source):
+        prompts = _from_set(source, column)
     else:
         path = prompt_file(source)
         if path is None and not re.search(r"\s", source.strip()):
-            say(f"prompts={source}: no such file, so this word is the prompt")
+            meant = similar_set(source)
+            hint = "" if meant is None else f" nor prompt set (did you mean '{meant}'?)"
+            say(f"prompts={source}: no such file{hint}, so this word is the prompt")
         prompts = [_literal(source, 0)] if path is None else _from_file(path, column)
     return prompts[:limit]
+
+
+def _names_set(source: str) -> bool:
+    """Whether `source` is the name of a prompt set, and no file of that name is here."""
+    return source in SETS and not Path(source).is_file()
+
+
+def _from_set(name: str, column: str | None) -> list[Prompt]:
+    """Returns the prompts of a set, file after file, with the ids that the files give by themselves."""
+    chosen = SETS[name]
+    found = []
+    for path in chosen.fetch(name):
+        prompts = _from_file(path, column)
+        for index, prompt in enumerate(prompts):
+            meta = chosen.meta(path, index, len(prompts), prompt.meta)
+            found.append(Prompt(prompt.id, prompt.text, meta))
+    say(
+        f"prompts={name}: {chosen.title}, {len(found)} prompts ({chosen.licence}), by its protocol with "
+        f"{chosen.images_per_prompt} pictures each; the word itself would be prompts=[{name}]"
+    )
+    return found
 
 
 def _literal(text: object, index: int) -> Prompt:
@@ -83,9 +110,14 @@ def _literal(text: object, index: int) -> Prompt:
 def prompt_file(source: str) -> Path | None:
     """Returns the file that `source` names, or None when it is a literal prompt.
 
+    Of a prompt set it is the file in the cache, or their folder where it has several.
+
     Raises:
-        UserError: it can only mean a file, and there is none.
+        UserError: it can only mean a file, and there is none; or a set cannot be fetched.
     """
+    if _names_set(source):
+        paths = SETS[source].fetch(source)
+        return paths[0] if len(paths) == 1 else paths[0].parent
     path = Path(source)
     try:
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Scored pictures on their way to preferences: read, checked, grouped by prompt, counted. For `pair`."""
+"""Scored pictures on their way to preferences: read, checked, grouped, counted. For `pair`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.common.errors import UserError, unknown
+from diffalign.common.errors import UserError
 from diffalign.stages._run import refuse_unfinished
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ class Row:
 
 @dataclass
 class Drops:
-    """What was left out: pictures (no_score, nan_score), prompts (single_picture), pairs and lists (tie)."""
+    """What was left out, by reason.
+
+    Pictures: no_score, nan_score. Prompts or records: single_picture; bad_text, missing_image and
+    corrupt_image of data that is labelled anew. Pairs and lists: tie, over_max_pairs.
+    """
 
     names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -48,7 +52,7 @@ class Drops:
     def made(self, what: str, count: int) -> dict[str, Any]:
         """Returns the manifest's counts of the `what` ("pairs") of which `count` were written."""
         return {
-            f"{what}_asked": count + len(self.names.get("tie", [])),
+            f"{what}_asked": count + sum(len(self.names.get(why, [])) for why in ("tie", "over_max_pairs")),
             what: count,
             "dropped": self.counts(),
         }
@@ -65,8 +69,28 @@ class Picture:
     id: str
     candidate: Candidate
     values: dict[str, float]
-    prompt_id: str | None
-    meta: dict[str, Any]
+    prompt_id: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Group:
+    """Pictures that are compared with one another: those of a prompt, or of a record.
+
+    Attributes:
+        prompt: what they are of.
+        pictures: those that all deciding scorers have a finite score for, in the order of the file.
+        record: that they come from; None where they were grouped by prompt.
+    """
+
+    prompt: str
+    pictures: list[Picture]
+    record: Record | None = None
+
+    @property
+    def name(self) -> str:
+        """What a group without pictures is called."""
+        return self.prompt if self.record is None else self.record.id
 
 
 def scores_file(images: str) -> Path:
@@ -111,19 +135,6 @@ def scorers_of(rows: Iterable[Row]) -> list[str]:
     return sorted({name for row in rows for name in (*row.candidate.scores, *(row.said.get("errors") or {}))})
 
 
-def deciding_scorer(rows: Iterable[Row], by: str | None, path: Path) -> str:
-    """Returns the scorer that decides. UserError when it is not in the file, or one of several not named."""
-    names = scorers_of(rows)
-    if by is not None:
-        if by not in names:
-            raise unknown(f"scorer of {path}", by, names)
-        return by
-    if len(names) != 1:
-        several = f"several scorers: choose with by= one of {', '.join(names)}" if names else "no scores"
-        raise UserError(f"{path} holds {several}")
-    return names[0]
-
-
 def direction(candidates: Iterable[Candidate], name: str) -> bool:
     """Returns whether higher is better: as the scores say, else the scorer plug-in of this name, else True.
 
@@ -153,8 +164,8 @@ def direction(candidates: Iterable[Candidate], name: str) -> bool:
 
 def groups_by_prompt(
     rows: Iterable[Row], directions: dict[str, bool], limit: int | None, drops: Drops
-) -> dict[str, list[Picture]]:
-    """Returns prompt -> its pictures in the order of the file (groups may be empty).
+) -> list[Group]:
+    """Returns the pictures of each prompt, prompts in the order of the file (groups may be empty).
 
     Args:
         rows: all scored pictures.
@@ -163,27 +174,47 @@ def groups_by_prompt(
         limit: take the first so many prompts only.
         drops: counts what is left out.
     """
-    groups: dict[str, list[Picture]] = {}
+    groups: dict[str, Group] = {}
     for row in rows:
         prompt = row.said["prompt"]
         if prompt not in groups and limit is not None and len(groups) >= limit:
             continue
-        group = groups.setdefault(prompt, [])
-        scores = row.candidate.scores
-        if any(name not in scores for name in directions):
-            drops.add("no_score", row.id)
-        elif not all(math.isfinite(scores[name].value) for name in directions):
-            drops.add("nan_score", row.id)
-        else:
-            values = {
-                name: float(scores[name].value if higher else -scores[name].value)
-                for name, higher in directions.items()
-            }
-            prompt_id = row.said.get("prompt_id")
-            named = None if prompt_id is None else str(prompt_id)
-            meta = dict(row.said.get("meta") or {})
-            group.append(Picture(row.id, _outspoken(row.candidate, directions), values, named, meta))
+        group = groups.setdefault(prompt, Group(prompt, []))
+        prompt_id = row.said.get("prompt_id")
+        named = None if prompt_id is None else str(prompt_id)
+        picture = _picture(row.id, row.candidate, directions, drops)
+        if picture is not None:
+            picture.prompt_id, picture.meta = named, dict(row.said.get("meta") or {})
+            group.pictures.append(picture)
+    return list(groups.values())
+
+
+def groups_of_records(records: Iterable[Record], directions: dict[str, bool], drops: Drops) -> list[Group]:
+    """Returns the pictures of each record; arguments as in `groups_by_prompt`."""
+    groups = []
+    for record in records:
+        pictures = [
+            _picture(f"{record.id}:{place}", candidate, directions, drops)
+            for place, candidate in enumerate(record.candidates)
+        ]
+        groups.append(Group(record.prompt, [one for one in pictures if one is not None], record))
     return groups
+
+
+def _picture(name: str, candidate: Candidate, directions: dict[str, bool], drops: Drops) -> Picture | None:
+    """Returns the picture with its deciding scores; None, and counted, where one of them is missing."""
+    scores = candidate.scores
+    if any(scorer not in scores for scorer in directions):
+        drops.add("no_score", name)
+        return None
+    if not all(math.isfinite(scores[scorer].value) for scorer in directions):
+        drops.add("nan_score", name)
+        return None
+    values = {
+        scorer: float(scores[scorer].value if higher else -scores[scorer].value)
+        for scorer, higher in directions.items()
+    }
+    return Picture(name, _outspoken(candidate, directions), values)
 
 
 def _outspoken(candidate: Candidate, directions: dict[str, bool]) -> Candidate:
@@ -205,7 +236,11 @@ def score_facts(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     """
     from diffalign.common.progress import say
 
-    candidates = {candidate.extra["id"]: candidate for r in records for candidate in r.candidates}
+    candidates = {
+        (record.prompt, candidate.extra.get("id"), candidate.image.path): candidate
+        for record in records
+        for candidate in record.candidates
+    }
     facts: dict[str, dict[str, Any]] = {}
     for name in sorted({name for candidate in candidates.values() for name in candidate.scores}):
         scored = [candidate for candidate in candidates.values() if name in candidate.scores]

@@ -73,7 +73,7 @@ def score_batches(
     batch however many they are.
 
     Args:
-        rows: of pictures, with what the scorers need.
+        rows: of pictures (`image` is a path, or an ImageRef), with what the scorers need.
         folder: that the rows' paths start from.
         scorers: label -> loaded scorer.
         batch_size: pictures decoded and scored at a time.
@@ -123,7 +123,9 @@ def groups_of(rows: Sequence[Row]) -> dict[Any, list[Row]]:
 def _open(row: Row, folder: Path, scorers: Mapping[str, Scorer], cache: ScoreCache | None) -> Opened:
     """Reads, decodes and prepares one picture, in a thread; nothing more than is left to be scored."""
     opened = Opened(row, folder)
-    image = ImageRef(path=folder / row["image"], name=row["image"])
+    image = row["image"]
+    if not isinstance(image, ImageRef):
+        image = ImageRef(path=folder / image, name=image)
     try:
         content = image.read()
         opened.digest = digest(content).hex()

@@ -1,218 +1,303 @@
 """Turn scored pictures into preferences: of the pictures of one prompt, the better against the worse.
 
-Reads scores.jsonl (written by `diffalign score`) and writes OUT/preferences.jsonl, which `data=jsonl` reads.
-Pictures are grouped by prompt. A pair keeps the order of the file, so that the winner's place tells nothing;
-so does a list, which holds all pictures of a prompt with the scores of all scorers. Pairs within the margin
-are ties: dropped, or kept as 0.5/0.5 with ties=soft. Pictures without a valid score are dropped; all drops
-are counted and named in the manifest, beside the scale and range of each scorer's numbers.
+images=... reads scores.jsonl (written by `diffalign score`), whose pictures are grouped by prompt. data=...
+takes preference data instead and labels it anew, record by record: `scorers` score its pictures (without any,
+the scores in the data count), OUT/scored.jsonl keeps the scored records, OUT/images the pictures that were in
+no file. Earlier labels stay in the candidates as human_label, and how often the new ones agree with them is
+printed. The same command again goes on where a killed run stopped; with data=jsonl
+data.path=OUT/scored.jsonl another margin needs no scoring.
+
+Both write OUT/preferences.jsonl, which `data=jsonl` reads. A pair keeps the order of the file, so that the
+winner's place tells nothing; so does a list, which holds all pictures of a prompt with the scores of all
+scorers. Pairs within the margin are ties: dropped, or kept as 0.5/0.5 with ties=soft. Several scorers vote:
+the label is the majority's, with ties=soft the share of the votes. Pictures without a valid score are
+dropped; all drops are counted and named in the manifest, beside the scale and range of each scorer's numbers.
 
 Examples:
     diffalign pair images=scored out=pairs
-    diffalign pair images=scored/scores.jsonl out=pairs by=clip how=all_pairs margin=0.01
-    diffalign pair images=scored out=pairs by=scene ties=soft
+    diffalign pair images=scored/scores.jsonl out=pairs by=clip how=all_pairs margin=0.01 max_pairs=3
+    diffalign pair images=scored out=pairs by=[pickscore,hpsv2,imagereward] ties=soft \\
+        margin="{pickscore: 0.1, hpsv2: 0.002}"
     diffalign pair images=scored out=lists how=lists
+    diffalign pair data=pickapic data.path=pickapic_v2/data data.split=train scorers=[pickscore] \\
+        out=relabelled
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import combinations
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from diffalign.common.config import resolved_recipe
+from diffalign.common.config import Many, One, make_many, make_one, resolved_recipe
 from diffalign.common.errors import UserError, unknown
 from diffalign.stages._grouping import (
     Drops,
-    Picture,
-    deciding_scorer,
+    Group,
     direction,
     groups_by_prompt,
+    groups_of_records,
     read_rows,
     score_facts,
     scorers_of,
     scores_file,
 )
+from diffalign.stages._preferences import preferences
 from diffalign.stages._run import claim_folder
+from diffalign.stages._votes import Judges, deciding_names, judges_of
 
 if TYPE_CHECKING:
-    from diffalign.data.records import Record
+    from diffalign.data.records import Candidate, Record
+    from diffalign.data.sources._base import Source
+    from diffalign.scorers import Scorer
 
 PREFERENCES = "preferences.jsonl"
+DECIDES_NOTHING = ("images", "data", "scorers", "out", "cache", "batch_size", "device")
+"""Keys that are no part of what a label is decided by, or are named by their content."""
+
+READ_WITH_DATA = ("scorers", "cache", "batch_size", "device")
+"""Keys that only data=... reads."""
 
 
 def pair(
     *,
-    images: str,
     out: str,
-    by: str | None = None,
+    images: str | None = None,
+    data: Annotated[Any, One("data.sources")] = None,
+    scorers: Annotated[dict[str, Any] | None, Many("scorers")] = None,
+    by: str | list[str] | None = None,
     how: Literal["best_worst", "all_pairs", "lists"] = "best_worst",
-    margin: float = 0.0,
+    margin: float | dict[str, float] = 0.0,
     ties: Literal["drop", "soft"] = "drop",
+    max_pairs: int | None = None,
+    seed: int = 0,
     limit: int | None = None,
+    cache: str | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
 ) -> Path:
     """Returns the path of the written preferences.jsonl.
 
     Args:
-        images: the scored pictures: a scores.jsonl or the folder that holds it.
         out: folder for preferences.jsonl and the manifest.
-        by: which scorer decides. Pairs need it where the file holds several. Lists get their `rank` from it;
-            without it they have none, and their pictures need the scores of all scorers.
-        how: `best_worst` makes one pair a prompt, `all_pairs` every pair of its pictures, `lists` one record
-            a prompt with all its pictures.
+        images: the scored pictures: a scores.jsonl or the folder that holds it.
+        data: instead of images: preference data to label anew.
+        scorers: of data: what to score with; label -> options; null: take the scores that are in the data.
+        by: which scorer decides; a list of them votes. Pairs need it where there are several. Lists get their
+            `rank` from it; without it they have none, and their pictures need the scores of all scorers.
+        how: `best_worst` makes one pair a prompt (of data: a record), `all_pairs` every pair of its pictures,
+            `lists` one record a prompt with all its pictures. Several scorers rank by the sum of wins.
         margin: the smallest difference of scores, on the scorer's scale, that is a preference; a smaller one,
-            and always an exact tie, is none. Not for lists.
+            and always an exact tie, is none. Of several scorers a mapping, 0 for those left out. Not for
+            lists.
         ties: `drop` pairs within the margin or keep them as `soft` targets of 0.5; likewise lists whose
-            pictures all have equal scores.
-        limit: use the first so many prompts only.
+            pictures all have equal scores. With several scorers `soft` makes every label the share of votes.
+        max_pairs: of how=all_pairs keep at most so many a prompt, drawn by lot.
+        seed: of that lot.
+        limit: use the first so many prompts (of data: records) only.
+        cache: of data: a folder that keeps scores, as in `score`.
+        batch_size: of data: pictures decoded and scored at a time.
+        device: of data: auto | cpu | cuda | cuda:1 ...
 
     Raises:
         UserError: no such file or scorer, a row that is no scored picture, scores of several scales or
-            versions, or nothing to write; nothing is written then.
+            versions, or nothing to write; no preferences are written then.
     """
-    from diffalign.common import files
-    from diffalign.common.progress import say
-
     recipe = resolved_recipe(pair, locals())
-    _refuse_bad_arguments(how, margin, ties, limit)
-    path = scores_file(images)
+    _refuse_bad_arguments(recipe)
+    if data is None:
+        return _of_images(recipe)
+    return _of_data(recipe, make_one("data.sources", data), make_many("scorers", scorers or {}))
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """Who decides: the scorers that count, whether higher is better, and as judges (None: no ranks)."""
+
+    directions: dict[str, bool]
+    judges: Judges | None
+
+    @property
+    def names(self) -> list[str]:
+        """The scorers that count."""
+        return list(self.directions)
+
+
+def _of_images(recipe: dict[str, Any]) -> Path:
+    """Makes preferences of the scored pictures of prompts; returns their path."""
+    from diffalign.common import files
+
+    path = scores_file(recipe["images"])
     rows = read_rows(path)
-    all_decide = how == "lists" and by is None and bool(scorers_of(rows))
-    names = scorers_of(rows) if all_decide else [deciding_scorer(rows, by, path)]
-    directions = {name: direction((row.candidate for row in rows), name) for name in names}
+    deciding = _deciding(scorers_of(rows), recipe, path, [row.candidate for row in rows])
     drops = Drops()
-    groups = groups_by_prompt(rows, directions, limit, drops)
-    records = list(_preferences(groups, how, margin, ties, None if all_decide else names[0], drops))
-    what = "lists" if how == "lists" else "pairs"
-    found = f"{len(groups)} prompts ({drops.words()})"
+    groups = groups_by_prompt(rows, deciding.directions, recipe["limit"], drops)
+    records = _records(groups, deciding, recipe, drops, str(path))
+    same = {**_decides(recipe, deciding.names), "images": files.file_identity(path)}
+    with claim_folder(recipe["out"], stage="pair", recipe=recipe, same=same):
+        counts = {"pictures": len(rows), "prompts": len(groups)}
+        return _write(records, groups, deciding, recipe, drops, {"images": path}, counts)
+
+
+def _of_data(recipe: dict[str, Any], data: Source, scorers: dict[str, Scorer]) -> Path:
+    """Labels preference data anew; returns the path of the preferences."""
+    from diffalign.common import manifest
+    from diffalign.data.records import read_records
+    from diffalign.stages import _run
+    from diffalign.stages._relabel import write_scored
+    from diffalign.stages._score_cache import ScoreCache
+
+    _run.earlier_run(Path(recipe["out"]), "pair")  # refuse another stage's folder before the work
+    if Path(recipe["out"]).resolve() in (file.resolve().parent for file in data.files()):
+        raise UserError(f"out={recipe['out']} is the folder of the data: choose another folder")
+    if scorers:
+        _judging(list(scorers), recipe, "scorers")
+    ready = {label: scorer.load(_run.pick_device(recipe["device"])) for label, scorer in scorers.items()}
+    inputs = data.inputs()
+    same = {
+        **_decides(recipe, recipe["by"]),
+        "data": {**recipe["data"], "path": manifest.identities(inputs)},
+        "scorers": recipe["scorers"],
+        "versions": {label: [scorer.scale, scorer.version] for label, scorer in ready.items()},
+    }
+    drops = Drops()
+    with claim_folder(recipe["out"], stage="pair", recipe=recipe, same=same) as folder:
+        manifest.withdraw_manifest(folder)
+        with nullcontext() if recipe["cache"] is None else ScoreCache(recipe["cache"]) as cache:
+            options = {"limit": recipe["limit"], "batch_size": recipe["batch_size"], "cache": cache}
+            scored = write_scored(data, ready, folder, drops, **options)
+        left_out = sum(map(len, drops.names.values()))
+        found = list(read_records(scored))
+        candidates = [candidate for record in found for candidate in record.candidates]
+        known = sorted({name for candidate in candidates for name in candidate.scores})
+        deciding = _deciding(list(ready) or known, recipe, scored, candidates)
+        groups = groups_of_records(found, deciding.directions, drops)
+        records = _records(groups, deciding, recipe, drops, str(scored))
+        return _write(records, groups, deciding, recipe, drops, inputs, {"records": len(found) + left_out})
+
+
+def _decides(recipe: Mapping[str, Any], names: str | list[str] | None) -> dict[str, Any]:
+    """Returns the settings that decide what is written, other than its inputs."""
+    kept = {key: value for key, value in recipe.items() if key not in DECIDES_NOTHING}
+    return {**kept, "by": "+".join(names) if isinstance(names, list) else names}
+
+
+def _judging(known: list[str], recipe: Mapping[str, Any], where: Any) -> tuple[list[str], Judges | None]:
+    """Returns the scorers that count, and the judges among them; none for lists without rank."""
+    if recipe["how"] == "lists" and recipe["by"] is None and known:
+        return known, None
+    names = deciding_names(known, recipe["by"], where)
+    return names, judges_of(names, recipe["margin"])
+
+
+def _deciding(
+    known: list[str], recipe: Mapping[str, Any], where: Any, candidates: list[Candidate]
+) -> Deciding:
+    """Returns who decides, of the scorers that the pictures have."""
+    names, judges = _judging(known, recipe, where)
+    return Deciding({name: direction(candidates, name) for name in names}, judges)
+
+
+def _records(
+    groups: list[Group], deciding: Deciding, recipe: Mapping[str, Any], drops: Drops, where: str
+) -> list[Record]:
+    """Returns the preferences. UserError when there are none."""
+    records = list(preferences(groups, deciding.judges, deciding.names, recipe, drops))
     if not records:
+        what = "list" if recipe["how"] == "lists" else "pair"
         remedy = (
             "lower margin or use ties=soft" if "tie" in drops.names else "score several pictures a prompt"
         )
-        raise UserError(f"{path}: no {what[:-1]} out of {found}: {remedy}")
-    decides = {key: value for key, value in recipe.items() if key not in ("images", "out")}
-    same = {**decides, "by": "+".join(names), "images": files.file_identity(path)}
-    extra: dict[str, Any] = {"scorers": names, "scores": score_facts(records)}
-    if not all_decide:
-        extra |= {"scorer": names[0], "higher_is_better": directions[names[0]]}
-    counts = {"pictures": len(rows), "prompts": len(groups), **drops.made(what, len(records))}
-    with claim_folder(out, stage="pair", recipe=recipe, same=same):
-        target = _write(Path(out), records, path, recipe, counts, drops, extra)
-    say(f"pair: {len(records)} {what} by {', '.join(names)} out of {found}: {target}")
-    return target
+        raise UserError(f"{where}: no {what} out of {_found(groups, recipe, drops)}: {remedy}")
+    return records
+
+
+def _found(groups: list[Group], recipe: Mapping[str, Any], drops: Drops) -> str:
+    what = "prompts" if recipe["data"] is None else "records"
+    return f"{len(groups)} {what} ({drops.words()})"
 
 
 def _write(
-    folder: Path,
     records: list[Record],
-    path: Path,
+    groups: list[Group],
+    deciding: Deciding,
     recipe: dict[str, Any],
-    counts: dict[str, Any],
     drops: Drops,
-    extra: dict[str, Any],
+    inputs: Mapping[str, Path | str],
+    counts: dict[str, Any],
 ) -> Path:
-    """Writes preferences and manifest; returns the path of the former."""
+    """Writes preferences and manifest, and says so; returns the path of the former."""
     from diffalign.common import manifest
+    from diffalign.common.progress import say
     from diffalign.data.records import write_records
 
+    folder = Path(recipe["out"])
     target = folder / PREFERENCES
+    what = "lists" if recipe["how"] == "lists" else "pairs"
+    extra: dict[str, Any] = {"scorers": deciding.names, "scores": score_facts(records)}
+    if deciding.judges is not None and len(deciding.names) == 1:
+        extra |= {"scorer": deciding.names[0], "higher_is_better": deciding.directions[deciding.names[0]]}
+    agreed = _agreement(groups, deciding)
+    if agreed is not None:
+        extra["agreement"] = agreed
     manifest.withdraw_manifest(folder)
     write_records(target, records)
     manifest.write_manifest(
         folder,
         stage="pair",
         recipe=recipe,
-        inputs={"images": path},
-        counts=counts,
+        inputs=inputs,
+        counts={**counts, **drops.made(what, len(records))},
         dropped=drops.names,
         extra=extra,
     )
+    by = ", ".join(deciding.names)
+    say(f"pair: {len(records)} {what} by {by} out of {_found(groups, recipe, drops)}: {target}")
+    if agreed is not None:
+        say(
+            f"pair: agrees with the labels before on {100 * agreed['estimate']:.1f} % "
+            f"[{100 * agreed['low']:.1f}, {100 * agreed['high']:.1f}] of the {agreed['n']} pairs that these "
+            "decide"
+        )
     return target
 
 
-def _preferences(
-    groups: dict[str, list[Picture]], how: str, margin: float, ties: str, name: str | None, drops: Drops
-) -> Iterator[Record]:
-    """Yields the preference records, prompt after prompt; `name` decides (None: all scorers, of lists)."""
-    for prompt, pictures in groups.items():
-        if len(pictures) < 2:
-            drops.add("single_picture", pictures[0].id if pictures else prompt)
-        elif how == "lists":
-            if ties == "drop" and all(picture.values == pictures[0].values for picture in pictures):
-                drops.add("tie", "|".join(picture.id for picture in pictures))
-            else:
-                yield _list_record(prompt, pictures, name)
-        else:
-            assert name is not None
-            yield from _pair_records(prompt, pictures, how, margin, ties, name, drops)
+def _agreement(groups: Iterable[Group], deciding: Deciding) -> dict[str, Any] | None:
+    """Returns how often the labels agree with those before, where data is labelled anew."""
+    from diffalign.stages._relabel import agreement_with_people
+
+    judged = [group for group in groups if group.record is not None]
+    return agreement_with_people(judged, deciding.judges) if judged and deciding.judges else None
 
 
-def _pair_records(
-    prompt: str, pictures: list[Picture], how: str, margin: float, ties: str, name: str, drops: Drops
-) -> Iterator[Record]:
-    """Yields the pairs of a prompt."""
-    for first, second in combinations(pictures, 2) if how == "all_pairs" else [_extremes(pictures, name)]:
-        lead = first.values[name] - second.values[name]
-        tied = lead == 0.0 or abs(lead) < margin
-        if tied and ties == "drop":
-            drops.add("tie", f"{first.id}|{second.id}")
-            continue
-        target = 0.5 if tied else float(lead > 0)
-        labels = {"label": target}, {"label": 1.0 - target}
-        yield _record(prompt, [first, second], labels, name)
-
-
-def _extremes(pictures: list[Picture], name: str) -> tuple[Picture, Picture]:
-    """Returns the best and the worst picture, in file order; of equal ones the first, never one twice."""
-    best = max(range(len(pictures)), key=lambda index: pictures[index].values[name])
-    rest = [index for index in range(len(pictures)) if index != best]
-    worst = min(rest, key=lambda index: pictures[index].values[name])
-    first, second = sorted((best, worst))
-    return pictures[first], pictures[second]
-
-
-def _list_record(prompt: str, pictures: list[Picture], name: str | None) -> Record:
-    """Returns all pictures of a prompt as one record, ranked where one scorer decides.
-
-    The best has rank 1; equal ones share the mean of their places (1, 2.5, 2.5, 4).
-    """
-    if name is None:
-        return _record(prompt, pictures, [{} for _ in pictures], "+".join(pictures[0].values))
-    values = [picture.values[name] for picture in pictures]
-    ranks = [1.0 + sum(other > value for other in values) + (values.count(value) - 1) / 2 for value in values]
-    return _record(prompt, pictures, [{"rank": rank} for rank in ranks], name)
-
-
-def _record(prompt: str, pictures: list[Picture], judged: Sequence[dict[str, float]], source: str) -> Record:
-    """Returns the record of some pictures of a prompt; `judged` holds each one's label or rank."""
-    from diffalign.data.records import Record
-
-    meta = dict(pictures[0].meta)
-    if pictures[0].prompt_id is not None:
-        meta["prompt_id"] = pictures[0].prompt_id
-    return Record(
-        id="|".join(picture.id for picture in pictures),
-        prompt=prompt,
-        candidates=[
-            replace(picture.candidate, label=given.get("label"), rank=given.get("rank"))
-            for picture, given in zip(pictures, judged, strict=True)
-        ],
-        source=f"pair:{source}",
-        meta=meta,
-    )
-
-
-def _refuse_bad_arguments(how: str, margin: float, ties: str, limit: int | None) -> None:
+def _refuse_bad_arguments(recipe: Mapping[str, Any]) -> None:
     from diffalign.data.select import check_ties
 
-    if how not in ("best_worst", "all_pairs", "lists"):
-        raise unknown("how", how, ("best_worst", "all_pairs", "lists"))
-    if not 0.0 <= margin < math.inf:
-        raise UserError(f"margin={margin}: give a difference of scores of at least 0")
-    if margin > 0.0 and how == "lists":
+    if (recipe["images"] is None) == (recipe["data"] is None):
+        raise UserError("pair needs images= (scored pictures) or data= (preference data), one of them")
+    if recipe["data"] is None:
+        for name in READ_WITH_DATA:
+            if recipe[name] != inspect.signature(pair).parameters[name].default:
+                raise UserError(f"pair reads {name} with data= only: leave it out, or score with `score`")
+    if recipe["how"] not in ("best_worst", "all_pairs", "lists"):
+        raise unknown("how", recipe["how"], ("best_worst", "all_pairs", "lists"))
+    _refuse_bad_margin(recipe["margin"], recipe["how"])
+    check_ties(recipe["ties"])
+    for name, what in (("limit", "prompts"), ("max_pairs", "pairs"), ("batch_size", "pictures")):
+        if recipe[name] is not None and recipe[name] < 1:
+            raise UserError(f"{name}={recipe[name]}: give a number of {what} of at least 1, or leave it out")
+    if recipe["max_pairs"] is not None and recipe["how"] != "all_pairs":
+        raise UserError(f"max_pairs has no meaning with how={recipe['how']}: leave it out")
+
+
+def _refuse_bad_margin(margin: float | Mapping[str, float], how: str) -> None:
+    values = margin.values() if isinstance(margin, Mapping) else [margin]
+    for value in values:
+        if not 0.0 <= value < math.inf:
+            raise UserError(f"margin={margin}: give a difference of scores of at least 0")
+    if how == "lists" and any(value > 0.0 for value in values):
         raise UserError(f"margin={margin} has no meaning with how=lists: leave it out")
-    check_ties(ties)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: give a number of prompts of at least 1, or leave it out")

@@ -226,7 +226,7 @@ def test_another_stages_folder_is_left_alone(tmp_path: Path) -> None:
             ("how=lists",),
             r"no list out of 1 prompts \(1 single_picture\): score several",
         ),
-        ([picture("p0", "cat", 1, scores={})], ("how=lists",), "holds no scores"),
+        ([picture("p0", "cat", 1, scores={})], ("how=lists",), "holds no scores: score the pictures first"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
