@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,27 @@ class Source:
         return f"{self.name}:{node.start_mark.line + 1}" if self.is_file else self.name
 
     def items(
-        self, node: yaml.MappingNode, known: Collection[str] | None = None, kind: str = ""
+        self,
+        node: yaml.MappingNode,
+        refuse: Callable[[str], UserError | None] = lambda key: None,
     ) -> dict[str, yaml.Node]:
         """Returns key -> node of a mapping.
 
+        Args:
+            node: the mapping.
+            refuse: gives the error for a key, None where it is welcome.
+
         Raises:
-            UserError: a key stands there twice or is not among `known`.
+            UserError: a key stands there twice or is refused.
         """
         try:
             pairs = _values.mapping_items(node)
         except _values.BadValue as error:
             raise UserError(f"{self.at(error.node or node)}: {error}") from error
         for key, _ in pairs:
-            if known is not None and key.value not in known:
-                raise UserError(f"{self.at(key)}: {unknown(kind, key.value, known)}")
+            refusal = refuse(key.value)
+            if refusal is not None:
+                raise UserError(f"{self.at(key)}: {refusal}")
         return {key.value: value for key, value in pairs}
 
 
@@ -115,7 +122,7 @@ def read_file(config_file: str | Path, keys: Mapping[str, Key], verb: str) -> di
     source = Source(str(config_file), is_file=True)
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{source.at(node)}: a recipe is a mapping, lines of key: value")
-    return source.items(node, keys, f"key of {verb}")
+    return source.items(node, lambda key: None if key in keys else unknown(f"key of {verb}", key, keys))
 
 
 def expand(
@@ -157,7 +164,7 @@ def _section_of(key: Key, choice: Choice) -> Section | None:
     parts = {}
     for label, name in choice.chosen.items():
         resolved = plugins.resolve(kind, name)
-        parts[label] = Section.of_class(f"{plugins.label(kind)} {resolved}", plugins.get(kind, resolved))
+        parts[label] = Section.of_plugin(kind, resolved)
     if isinstance(key.plugin, One):
         return parts[""]
     return Section(key.name, {label: Key(label, p.build, MISSING, section=p) for label, p in parts.items()})

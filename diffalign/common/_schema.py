@@ -12,7 +12,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.common import _values
+from diffalign.common import _values, plugins
+from diffalign.common.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,36 @@ class Section:
         title: what error messages call it ("train", "objective mapo").
         keys: name -> key, in order of declaration.
         build: the dataclass that the values make, None for a stage and for several plug-ins.
+        kind: of the plug-in that `build` is; None: it is none.
     """
 
     title: str
     keys: Mapping[str, Key]
     build: type | None = None
+    kind: str | None = None
 
     @functools.cached_property
     def schema(self) -> type:
         """The dataclass that OmegaConf makes a structured config of (one class, made once)."""
         return _schema_class(self)
+
+    def refuse(self, name: str) -> UserError | None:
+        """Returns the error for a key that is none of these, with the plug-ins that have it; else None."""
+        if name in self.keys:
+            return None
+        others = plugins.with_key(self.kind, name) if self.kind is not None else []
+        if not others:
+            return unknown(f"key of {self.title}", name, self.keys)
+        return UserError(
+            f"unknown key of {self.title} '{name}': a key of {', '.join(others)} only; known: "
+            f"{', '.join(sorted(self.keys))}"
+        )
+
+    @staticmethod
+    def of_plugin(kind: str, name: str) -> Section:
+        """Returns the section of the plug-in of this (resolved) name."""
+        section = Section.of_class(f"{plugins.label(kind)} {name}", plugins.get(kind, name))
+        return dataclasses.replace(section, kind=kind)
 
     @staticmethod
     def of_class(title: str, cls: type, defaults: Any = MISSING) -> Section:

@@ -30,6 +30,7 @@ __all__ = [
     "Many",
     "One",
     "Recipe",
+    "filled_recipe",
     "load_recipe",
     "make_many",
     "make_one",
@@ -115,6 +116,39 @@ def resolved_recipe(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     return resolved
 
 
+def filled_recipe(function: Callable[..., Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a plain recipe, or a part of one, of an earlier version with today's defaults for new keys.
+
+    That is of keys of the stage, of plain sections, and of plug-ins that the recipe names and that are here.
+    """
+    return _filled(_schema.keys_of(function), recipe)
+
+
+def _filled(keys: Mapping[str, Key], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    new = {name: _schema.plain(key.default) for name, key in keys.items() if key.default is not MISSING}
+    found = {**new, **recipe}
+    for name in keys.keys() & recipe.keys():
+        key, value = keys[name], recipe[name]
+        if not isinstance(value, Mapping):
+            continue
+        if key.section is not None:
+            found[name] = _filled(key.section.keys, value)
+        elif isinstance(key.plugin, One):
+            found[name] = _filled_plugin(key.plugin.kind, value.get("name"), value)
+        elif isinstance(key.plugin, Many):
+            found[name] = {
+                label: _filled_plugin(key.plugin.kind, entry.get("name", label), entry)
+                for label, entry in value.items()
+            }
+    return found
+
+
+def _filled_plugin(kind: str, name: Any, value: Mapping[str, Any]) -> dict[str, Any]:
+    if name not in plugins.names(kind):
+        return dict(value)
+    return _filled(Section.of_plugin(kind, name).keys, value)
+
+
 def plain_plugin(made: Any) -> dict[str, Any]:
     """Returns the name and options of a plug-in instance in plain types."""
     return {"name": plugins.plugin_name(made), **_schema.plain_fields(made)}
@@ -133,10 +167,11 @@ def make_one(kind: str, value: Any) -> Any:
     if "name" not in given:
         raise UserError(f"the {plugins.label(kind)} needs a name: one of {', '.join(plugins.names(kind))}")
     name = plugins.resolve(kind, given.pop("name"))
-    section = Section.of_class(f"{plugins.label(kind)} {name}", plugins.get(kind, name))
+    section = Section.of_plugin(kind, name)
     for key in given:
-        if key not in section.keys:
-            raise unknown(f"key of {section.title}", key, section.keys)
+        refusal = section.refuse(key)
+        if refusal is not None:
+            raise refusal
     missing = [k.name for k in section.keys.values() if k.default is MISSING and k.name not in given]
     if missing:
         raise UserError(f"{section.title} needs {', '.join(missing)}")
@@ -222,10 +257,9 @@ def _put_section(
         inner = section.keys[part].section
         assert inner is not None
         section = inner
-    known = [*section.keys, skip] if skip else [*section.keys]
     if not node.value:
         _section_node(tree, root, path)
-    for name, value in source.items(node, known, f"key of {section.title}").items():
+    for name, value in source.items(node, lambda key: None if key == skip else section.refuse(key)).items():
         if name != skip:
             _put_node(tree, root, section.keys[name], (*path, name), value, source)
 
@@ -257,8 +291,9 @@ def _put_word(tree: DictConfig, root: Section, word: Word) -> None:
             rest = (label_of(key, rest[0]), *rest[1:])
     path: tuple[str, ...] = (key.name,)
     while rest and key.section is not None:
-        if rest[0] not in key.section.keys:
-            raise unknown(f"key of {key.section.title}", rest[0], key.section.keys)
+        refusal = key.section.refuse(rest[0])
+        if refusal is not None:
+            raise refusal
         key, path, rest = key.section.keys[rest[0]], (*path, rest[0]), rest[1:]
     annotation = key.annotation
     inner = _values.unwrap(annotation)[0]

@@ -83,7 +83,7 @@ def _rows(key: Key, path: str) -> list[tuple[str, str, str, str]]:
         rows.append((path, f"[{joined}, ...]" if many else joined, default, key.note))
     elif key.section is None:
         rows.append((path, _values.type_label(key.annotation), default, key.note))
-    elif key.note and key.name == path:
+    elif key.note and (key.name == path or key.default is None):
         rows.append((path, "section", "null" if key.default is None else "", key.note))
     for inner in key.section.keys.values() if key.section else ():
         rows.extend(_rows(inner, f"{path}.{inner.name}"))

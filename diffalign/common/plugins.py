@@ -69,6 +69,19 @@ def get(kind: str, name: str) -> type:
     return plugin
 
 
+def with_key(kind: str, key: str) -> list[str]:
+    """Returns the plug-ins of a kind that have the key (their modules are imported now)."""
+    found = []
+    for name in names(kind):
+        try:
+            fields = dataclasses.fields(get(kind, name))
+        except UserError:  # a package that it needs is not installed
+            continue
+        if any(field.init and field.name == key for field in fields):
+            found.append(name)
+    return found
+
+
 def plugin_name(plugin: object) -> str:
     """Returns the name of a plug-in, given its `Plugin` class or one of its instances."""
     owner = plugin if isinstance(plugin, type) else type(plugin)

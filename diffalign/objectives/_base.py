@@ -35,7 +35,7 @@ class Output:
 Unit = Literal["pair", "list", "single"]
 ERROR_SPACES = ("native", "epsilon", "x0")
 Gather = Callable[[Tensor], Tensor]
-"""Concatenates the `[n]` tensors of all processes, the same on each of them."""
+"""Concatenates the `[n, ...]` tensors of all processes, the same on each of them."""
 
 
 class Objective:
@@ -78,6 +78,12 @@ class Objective:
     def backward(self, output: Output, scale: float, backward: Callable[[Tensor], None]) -> None:
         """Adds the gradient of `scale * sum(loss)` to the parameters' by calling `backward` on scalars."""
         backward(output.loss.sum() * scale)
+
+    def observe(self, logs: Sequence[dict[str, Tensor]], gather: Gather) -> None:
+        """Learns, once per optimizer step and on every process, what the step's losses have shown.
+
+        The logs are those of this process's micro-batches; `gather` brings in what the others know.
+        """
 
     def loss_at_reference(self, output: Output) -> float | None:
         """The mean loss of `output`'s groups where policy and reference agree; None: it says nothing."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffalign.common.errors import UserError, unknown
 from diffalign.data.batches import Batch
-from diffalign.data.cache import ratings
+from diffalign.data.encoded import ratings
 from diffalign.data.records import Record
 
 BY_SCORERS = ("wins", "mean")

@@ -23,6 +23,7 @@ from diffalign.data.batches import Batch
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws
 from diffalign.objectives._base import Gather, Objective, OnPolicyObjective, Output, Unit
+from diffalign.objectives._stabilise import AutoBeta
 
 MEASURES: dict[str, tuple[str, ...]] = {
     "instance": (),
@@ -166,6 +167,8 @@ class Plugin(OnPolicyObjective):
         desirable_weight: lambda of D+, for kto.
         undesirable_weight: lambda of D-, for kto.
         error_space: space of the errors: "native" to the network, "epsilon" or "x0".
+        safeguard: mu of the safeguard, as of diffusion_dpo, for dpo; null: off.
+        auto_beta: beta follows the margin, for dpo; null: it stays.
     """
 
     reward: Literal["instance", "exemplar", "set"] = "instance"
@@ -177,6 +180,8 @@ class Plugin(OnPolicyObjective):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     error_space: Literal["native", "epsilon", "x0"] = "native"
+    safeguard: float | None = None
+    auto_beta: AutoBeta | None = None
 
     _inner: Objective = field(init=False, repr=False, compare=False)
 
@@ -187,13 +192,21 @@ class Plugin(OnPolicyObjective):
         if self.swap_passes < 1:
             raise UserError(f"objective.swap_passes is {self.swap_passes}: use 1 or more")
         options: dict[str, Any] = {"beta": self.beta, "error_space": self.error_space}
-        for name in ("desirable_weight", "undesirable_weight"):
-            if self.surrogate == "kto":
-                options[name] = getattr(self, name)
-            elif getattr(self, name) != 1.0:
+        for name, owner, otherwise in (
+            ("desirable_weight", "kto", 1.0),
+            ("undesirable_weight", "kto", 1.0),
+            ("safeguard", "dpo", None),
+            ("auto_beta", "dpo", None),
+        ):
+            value = getattr(self, name)
+            if self.surrogate == owner:
+                options[name] = value
+            elif value != otherwise:
+                said = "set" if isinstance(value, AutoBeta) else value
+                lacks = "weights" if owner == "kto" else "pairs"
                 raise UserError(
-                    f"objective.{name} is {getattr(self, name)}, but surrogate={self.surrogate} has no "
-                    "weights: leave it out or set objective.surrogate=kto"
+                    f"objective.{name} is {said}, but surrogate={self.surrogate} has no {lacks}: leave it "
+                    f"out or set objective.surrogate={owner}"
                 )
         self._inner = get("objectives", SURROGATES[self.surrogate])(**options)
 
@@ -282,6 +295,10 @@ class Plugin(OnPolicyObjective):
     ) -> Any:
         """What the surrogate prepares: kto's baseline; nothing for dpo."""
         return self._inner.prepare(denoiser, micro_batches, gather)
+
+    def observe(self, logs: Sequence[dict[str, Tensor]], gather: Gather) -> None:
+        """Told to the surrogate."""
+        self._inner.observe(logs, gather)
 
     def loss_at_reference(self, output: Output) -> float | None:
         """The surrogate's."""

@@ -23,7 +23,8 @@ from diffalign.data.select import OneScale, ScoreFacts
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.inversion import GRIDS, implied_noise
 from diffalign.diffusion.likelihood import Draws, denoising_terms
-from diffalign.objectives._base import Objective, Output, require_error_space, require_positive
+from diffalign.objectives._base import Output, require_error_space, require_positive
+from diffalign.objectives._stabilise import AutoBeta, StabilisedPairs
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_logit, pair_logs
 
 CORRECTIONS = {"ddim": 0, "renoise": 1}
@@ -90,7 +91,7 @@ def _multiplier(preference: Tensor, gamma: float) -> Tensor:
 
 
 @dataclass
-class Plugin(Objective):
+class Plugin(StabilisedPairs):
     """SmPO on pairs whose images carry scores.
 
     Args:
@@ -113,6 +114,9 @@ class Plugin(Objective):
             "reference". With "train" the targets move with the policy and no gradient knows of it: steps too
             long make the loss rise (on a tiny UNet at 1e-2 from the sixth on, where "reference" goes to 0).
         error_space: space of the errors: "native" to the network, "epsilon" or "x0".
+        safeguard: mu of the safeguard, as of diffusion_dpo; it compares images under one noise, so it needs
+            inversion=none. null: off.
+        auto_beta: beta follows the margin, the multiplier being part of that; null: it stays.
     """
 
     beta: float = 5000.0
@@ -127,6 +131,8 @@ class Plugin(Objective):
     inversion_grid: Literal["common", "own"] = "common"
     inverter: Literal["train", "reference"] = "train"
     error_space: Literal["native", "epsilon", "x0"] = "native"
+    safeguard: float | None = None
+    auto_beta: AutoBeta | None = None
 
     unit: ClassVar[Literal["pair", "list", "single"]] = "pair"
 
@@ -136,7 +142,7 @@ class Plugin(Objective):
         return self.order == "label"
 
     def __post_init__(self) -> None:
-        require_positive("beta", self.beta)
+        self.start_stabilisers()
         require_error_space(self.error_space)
         require_positive("gamma", self.gamma)
         for key, value, known in (
@@ -149,6 +155,11 @@ class Plugin(Objective):
                 raise unknown(f"objective.{key}", value, known)
         if self.inversion_steps < 1:
             raise UserError(f"objective.inversion_steps is {self.inversion_steps}: use 1 or more")
+        if self.safeguard is not None and self.inversion != "none":
+            raise UserError(
+                f"objective.safeguard is {self.safeguard}, but inversion={self.inversion} gives each image a "
+                "noise of its own: leave safeguard out, or set objective.inversion=none"
+            )
         if (self.reward_min is None) != (self.reward_max is None):
             raise UserError(
                 f"objective.reward_min is {self.reward_min} and reward_max {self.reward_max}: give both or "
@@ -215,17 +226,23 @@ class Plugin(Objective):
         preference = self._preference(batch)
         draws, logs = self._inverted(denoiser, batch, draws)
         terms = denoising_terms(
-            denoiser, batch.latents, batch.cond, draws, reference=True, error_space=self.error_space
+            denoiser,
+            batch.latents,
+            batch.cond,
+            draws,
+            reference=True,
+            error_space=self.error_space,
+            keep_residual=self.safeguard is not None,
         )
         assert terms.ref_err is not None
-        errors = (*first_and_second(terms.err), *first_and_second(terms.ref_err))
-        loss = smpo_loss(*errors, preference, beta=self.beta, gamma=self.gamma)
+        first, second, more = self.stabilised(terms, preference - 0.5)
+        errors = (first, second, *first_and_second(terms.ref_err))
+        loss = smpo_loss(*errors, preference, beta=self.beta_now, gamma=self.gamma)
         strength = _multiplier(preference, self.gamma).abs()
-        margin = strength * diffusion_dpo_logit(*errors, beta=self.beta)
+        margin = strength * diffusion_dpo_logit(*errors, beta=self.beta_now)
         winner = 0.5 + 0.5 * torch.sign(preference - 0.5)
-        return Output(
-            loss, {**pair_logs(terms.t, *errors, margin, winner), "beta_multiplier": strength, **logs}
-        )
+        sides = pair_logs(terms.t, *errors, margin, winner)
+        return Output(loss, {**sides, "beta_multiplier": strength, **logs, **more})
 
     def loss_at_reference(self, output: Output) -> float:
         """log 2, whatever the preference."""

@@ -225,6 +225,7 @@ def test_words_are_read_by_their_type(word: str, value: Any) -> None:
         ("objective.beta=-1", "objective: beta=-1.0: must be positive"),
         ("objective.bta=1", "unknown key of objective t_loss 'bta': did you mean 'beta'? known: beta, form"),
         ("objective.made=1", "unknown key of objective t_loss 'made': known: beta, form"),
+        ("objective.gamma=1", "unknown key of objective t_loss 'gamma': a key of smpo, t_other only; known:"),
         (
             "objective.form=papr",
             "objective.form=papr: expected one of code, paper, found 'papr': did you mean",
