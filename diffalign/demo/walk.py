@@ -133,7 +133,8 @@ def walk(out: Path, size: Size, *, method: Method, seed: int, recipe: dict[str, 
     result = compare(out / "6-report", out / "5-base-graded", out / "5-aligned-graded")
     report = {**headline(result), "recipe": recipe, "result": result}
     files.write_json(out / "report.json", report)
-    say(f"report: {out / 'report.json'}\npictures: {out / '6-report' / 'grid.png'}")
+    found = out / "6-report"
+    say(f"report: {out / 'report.json'}\npage: {found / 'report.html'}\npictures: {found / 'grid.png'}")
     return report
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign.common.errors import UserError
 from diffalign.common.statistics import Interval, bootstrap_interval, paired_difference
 from diffalign.scorers import vendi_score
 
@@ -131,6 +132,10 @@ class DriftMeter:
             return
         base, aligned = zip(*self._waiting, strict=True)
         both = self.embedder.embed_images([*base, *aligned]).double().cpu().numpy()
+        if not np.isfinite(both).all():
+            raise UserError(
+                "the embedder's features hold NaN: give one of another precision, or leave it out"
+            )
         self._features.append((both[: len(base)], both[len(base) :]))
         self._waiting = []
 

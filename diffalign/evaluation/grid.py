@@ -42,23 +42,38 @@ def choose(
         higher_is_better: of the scorer.
     """
     sign = 1.0 if higher_is_better else -1.0
-    gains = [(sign * (pair.aligned.value(scorer) - pair.base.value(scorer)), pair) for pair in pairs]
-    ordered = sorted((g for g in gains if np.isfinite(g[0])), key=lambda item: -item[0])
+    gains = [sign * (pair.aligned.value(scorer) - pair.base.value(scorer)) for pair in pairs]
+    picked = pick(gains, [pair.base.prompt for pair in pairs], rows=rows, seed=seed)
+    return [Section(title, [pairs[index] for index in places]) for title, places in picked.items()]
+
+
+def pick(gains: Sequence[float], prompts: Sequence[str], *, rows: int, seed: int = 0) -> dict[str, list[int]]:
+    """Returns title -> places of the biggest wins, of others at random and of the biggest losses.
+
+    Each prompt is taken at most once; gains that are NaN never.
+
+    Args:
+        gains: `[n]`, above 0 where aligned won.
+        prompts: `[n]`.
+        rows: places in a section.
+        seed: of the random choice.
+    """
+    order = sorted((k for k, gain in enumerate(gains) if np.isfinite(gain)), key=lambda k: -gains[k])
     shown: set[str] = set()
 
-    def take(candidates: list[tuple[float, Pair]]) -> list[Pair]:
-        taken: list[Pair] = []
-        for _, pair in candidates:
-            if len(taken) < rows and pair.base.prompt not in shown:
-                taken.append(pair)
-                shown.add(pair.base.prompt)
+    def take(candidates: Sequence[int]) -> list[int]:
+        taken: list[int] = []
+        for index in candidates:
+            if len(taken) < rows and prompts[index] not in shown:
+                taken.append(index)
+                shown.add(prompts[index])
         return taken
 
-    wins = take([item for item in ordered if item[0] > 0])
-    losses = take([item for item in reversed(ordered) if item[0] < 0])
-    order = np.random.default_rng([seed, 11]).permutation(len(ordered))
-    middle = take([ordered[index] for index in order])
-    return [Section("Biggest wins", wins), Section("Random", middle), Section("Biggest losses", losses)]
+    wins = take([index for index in order if gains[index] > 0])
+    losses = take([index for index in reversed(order) if gains[index] < 0])
+    shuffled = np.random.default_rng([seed, 11]).permutation(len(order))
+    middle = take([order[index] for index in shuffled])
+    return {"Biggest wins": wins, "Random": middle, "Biggest losses": losses}
 
 
 def draw_grid(

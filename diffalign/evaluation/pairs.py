@@ -12,6 +12,9 @@ from diffalign.common.errors import UserError
 from diffalign.data.pictures import ImageRef
 from diffalign.data.records import Score
 
+MOST = 1e100
+"""Size of a score that still is one."""
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -25,6 +28,7 @@ class Shot:
         image: the picture.
         scores: scorer -> score; `extra["parts"]` holds sub-scores.
         errors: scorer -> why its score is NaN.
+        meta: what the file of prompts says beside the prompt.
     """
 
     id: str
@@ -34,6 +38,7 @@ class Shot:
     image: ImageRef
     scores: dict[str, Score] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int | None]:
@@ -64,8 +69,8 @@ def read_shots(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> li
     """Returns the rows of a scores.jsonl (or images.jsonl) as shots; picture paths start from `folder`.
 
     Raises:
-        UserError: a row without prompt, with a score that is no number, or with a prompt and seed that an
-            earlier row has; `name` is the file that the error names.
+        UserError: a row without prompt, with a score or sub-score that is no number or above MOST, or with a
+            prompt and seed that an earlier row has; `name` is the file that the error names.
     """
     shots: dict[tuple[str, int | None], Shot] = {}
     for index, row in enumerate(rows):
@@ -76,14 +81,16 @@ def read_shots(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> li
             str(scorer): Score.from_dict(entry, f"{where}, score {scorer}")
             for scorer, entry in (row.get("scores") or {}).items()
         }
+        _refuse_rubbish(scores, where)
         shot = Shot(
             id=str(row.get("id", index)),
-            prompt_id=str(row.get("prompt_id", row["prompt"])),
+            prompt_id=prompt_key(row),
             prompt=row["prompt"],
             seed=_seed(row.get("seed"), where),
             image=ImageRef(path=folder / row["image"], name=row["image"]),
             scores=scores,
             errors={str(key): str(text) for key, text in (row.get("errors") or {}).items()},
+            meta=dict(row.get("meta") or {}),
         )
         if shot.key in shots:
             raise UserError(
@@ -94,8 +101,8 @@ def read_shots(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> li
     return list(shots.values())
 
 
-def match(base: Sequence[Shot], aligned: Sequence[Shot]) -> list[Pair]:
-    """Returns the pairs in the order of `base`.
+def match(base: Sequence[Shot], aligned: Sequence[Shot], name: str = "aligned") -> list[Pair]:
+    """Returns the pairs in the order of `base`; `name` is what messages call the other side.
 
     Raises:
         UserError: a prompt or seed is on one side only, or a prompt's text differs; names the first one.
@@ -107,34 +114,44 @@ def match(base: Sequence[Shot], aligned: Sequence[Shot]) -> list[Pair]:
     for shot in base:
         if shot.prompt_id not in texts:
             raise UserError(
-                f"prompt {shot.prompt_id} ('{_cut(shot.prompt)}') is in base, not in aligned: {again}"
+                f"prompt {shot.prompt_id} ('{_cut(shot.prompt)}') is in base, not in {name}: {again}"
             )
         text = texts[shot.prompt_id]
         if text != shot.prompt:
-            both = f"'{_cut(shot.prompt)}' in base, '{_cut(text)}' in aligned"
+            both = f"'{_cut(shot.prompt)}' in base, '{_cut(text)}' in {name}"
             raise UserError(f"prompt {shot.prompt_id} is {both}: {again}")
         other = others.pop(shot.key, None)
         if other is None:
-            raise UserError(
-                f"seed {shot.seed} of prompt {shot.prompt_id} is in base, not in aligned: {again}"
-            )
+            raise UserError(f"seed {shot.seed} of prompt {shot.prompt_id} is in base, not in {name}: {again}")
         pairs.append(Pair(shot, other))
     if others:
         shot = next(iter(others.values()))
         known = {pair.base.prompt_id for pair in pairs}
         what = f"seed {shot.seed} of prompt" if shot.prompt_id in known else "prompt"
-        raise UserError(
-            f"{what} {shot.prompt_id} ('{_cut(shot.prompt)}') is in aligned, not in base: {again}"
-        )
+        raise UserError(f"{what} {shot.prompt_id} ('{_cut(shot.prompt)}') is in {name}, not in base: {again}")
     if not pairs:
-        raise UserError("base and aligned hold no picture: give the outputs of generate or score")
+        raise UserError(f"base and {name} hold no picture: give the outputs of generate or score")
     return pairs
 
 
-def first_prompts(pairs: Sequence[Pair], limit: int | None) -> list[Pair]:
-    """Returns the pairs of the first `limit` prompts (all without a limit)."""
-    kept = list(dict.fromkeys(pair.base.prompt_id for pair in pairs))[:limit]
-    return [pair for pair in pairs if pair.base.prompt_id in set(kept)]
+def prompt_key(row: Mapping[str, Any]) -> str:
+    """Returns what the rows of a prompt share: its id, the prompt itself where they have none."""
+    found = row.get("prompt_id")
+    return str(row.get("prompt") if found is None else found)
+
+
+def _refuse_rubbish(scores: Mapping[str, Score], where: str) -> None:
+    """Raises UserError for scores that cannot be averaged; infinite ones are left out later, like NaN."""
+    for name, score in scores.items():
+        parts = score.extra.get("parts") or {}
+        if not isinstance(parts, Mapping) or not all(
+            isinstance(p, int | float | None) for p in parts.values()
+        ):
+            raise UserError(f"{where}, score {name}: its 'parts' are no numbers by name: score again")
+        if any(MOST < abs(value or 0) < math.inf for value in (score.value, *parts.values())):
+            raise UserError(
+                f"{where}, score {name}: a size above {MOST:g}, no scorer gives that: score again"
+            )
 
 
 def _seed(value: Any, where: str) -> int | None:

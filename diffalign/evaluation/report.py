@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffalign.common.errors import UserError
 from diffalign.common.statistics import Interval, paired_difference, sign_test, win_rate
+from diffalign.evaluation.categories import MOST_COLUMNS, Breakdown, breakdown, category_columns
 from diffalign.evaluation.drift import DriftMeter, Embedder
 from diffalign.evaluation.pairs import Pair
 
@@ -33,6 +34,7 @@ class Reward:
             prompt (the seeds of a prompt are no independent trials).
         base, aligned: mean scores; base_median, aligned_median: their medians.
         difference: mean of aligned - base, interval over prompts.
+        prompts: different prompts behind it.
         dropped: pairs left out because a score is NaN.
         parts: sub-score -> {base, aligned, difference}, on the pairs that have it.
     """
@@ -50,6 +52,7 @@ class Reward:
     base_median: float
     aligned_median: float
     difference: Interval
+    prompts: int
     dropped: int
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -66,6 +69,7 @@ class Report:
         drift: measure -> numbers, see `DriftMeter.report`.
         unreadable: ids of pairs of which a picture could not be decoded.
         notes: what else the reader must know.
+        categories: column of the prompts' file -> value -> verdicts, see `breakdown`.
     """
 
     prompts: int
@@ -75,12 +79,13 @@ class Report:
     drift: dict[str, Any]
     unreadable: list[str]
     notes: list[str]
+    categories: Breakdown = field(default_factory=dict)
 
-    def as_text(self) -> str:
-        """Returns the report as a table for a terminal."""
+    def as_text(self, model: str = "aligned") -> str:
+        """Returns the report on `model` as tables for a terminal."""
         from diffalign.evaluation._table import report_lines
 
-        return "\n".join(report_lines(self))
+        return "\n".join(report_lines(self, model))
 
 
 def compare(
@@ -116,6 +121,9 @@ def compare(
     alone = sorted({n for p in pairs for shot in (p.base, p.aligned) for n in shot.scores} - set(rewards))
     if alone:
         notes.append(f"on one side only, not compared: {', '.join(alone)}")
+    left_out = list(category_columns(pairs))[MOST_COLUMNS:]
+    if left_out:
+        notes.append(f"not broken down by: {', '.join(left_out)}")
     return Report(
         prompts=len({pair.base.prompt for pair in pairs}),
         seeds=sorted({pair.base.seed for pair in pairs}, key=lambda s: (s is not None, s or 0)),
@@ -124,6 +132,7 @@ def compare(
         drift=drift,
         unreadable=unreadable,
         notes=notes,
+        categories=breakdown(pairs, rewards, tie_epsilon=tie_epsilon, seed=seed),
     )
 
 
@@ -163,9 +172,8 @@ def _reward(
     good = np.isfinite(base_all) & np.isfinite(aligned_all)
     if not good.any():
         errors = [e for p in pairs for e in (p.base.errors.get(name), p.aligned.errors.get(name)) if e]
-        raise UserError(
-            f"no pair has both {name} scores" + (f" (first error: {errors[0]})" if errors else "")
-        )
+        because = f" (first error: {errors[0]})" if errors else ""
+        raise UserError(f"no pair has both {name} scores{because}: score base and aligned again")
     base, aligned = base_all[good], aligned_all[good]
     prompts = [pair.base.prompt for pair, has in zip(pairs, good, strict=True) if has]
     sign = 1.0 if higher else -1.0
@@ -188,6 +196,7 @@ def _reward(
         base_median=float(np.median(base)),
         aligned_median=float(np.median(aligned)),
         difference=paired_difference(aligned, base, clusters=prompts, **settings),
+        prompts=len(per_prompt),
         dropped=int((~good).sum()),
         parts=_parts(pairs, name, settings),
     )

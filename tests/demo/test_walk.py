@@ -48,6 +48,7 @@ def test_every_stage_leaves_its_files(walked: tuple[Path, dict]) -> None:
         "report.json",
     ):
         assert (out / name).is_file(), name
+    assert (out / "6-report" / "report.html").is_file()
     with Image.open(out / "6-report" / "grid.png") as grid:
         assert min(grid.size) > 64
 

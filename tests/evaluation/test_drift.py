@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffalign.common.errors import UserError
 from diffalign.evaluation.drift import (
     DriftMeter,
     as_array,
@@ -102,3 +103,14 @@ def test_what_cannot_be_measured_is_left_out():
     report = meter.report()
     assert set(report) == {"edge_density", "colour_entropy"}
     assert DriftMeter().report() == {}
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    class Overflowing:
+        def embed_images(self, images):
+            return torch.full((len(images), 4), math.nan)
+
+    meter = DriftMeter(Overflowing())
+    meter.add(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)), "p")
+    with pytest.raises(UserError, match="features hold NaN"):
+        meter.report()

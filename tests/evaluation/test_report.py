@@ -13,8 +13,9 @@ from PIL import Image
 from diffalign.common.errors import UserError
 from diffalign.common.files import to_plain
 from diffalign.evaluation.grid import SIDE, choose, draw_grid
-from diffalign.evaluation.pairs import first_prompts, match, read_shots
+from diffalign.evaluation.pairs import match, prompt_key, read_shots
 from diffalign.evaluation.report import compare
+from diffalign.evaluation.summary import verdict
 
 
 def rows(values, *, parts=None, scorer="scene", seeds=(0,), version="1", **more) -> list[dict]:
@@ -160,10 +161,10 @@ def test_scores_that_cannot_be_compared_are_refused(folder):
         compare(pairs_of(rows([0.0]), rows([1.0], scorer="clip"), folder))
 
 
-def test_a_limit_counts_prompts(folder):
-    pairs = pairs_of(rows([0.0] * 4, seeds=(0, 1)), rows([1.0] * 4, seeds=(0, 1)), folder)
-    assert [pair.base.id for pair in first_prompts(pairs, 1)] == ["p0-s0", "p0-s1"]
-    assert len(first_prompts(pairs, None)) == 4
+def test_rows_belong_together_by_id_or_else_by_prompt():
+    assert [prompt_key(row) for row in rows([0.0] * 4, seeds=(0, 1))] == ["p0", "p0", "p1", "p1"]
+    assert prompt_key({"prompt": "a cat"}) == prompt_key({"prompt": "a cat", "prompt_id": None}) == "a cat"
+    assert prompt_key({"prompt": "a cat", "prompt_id": 0}) == "0"
 
 
 def test_the_order_of_files_does_not_matter(folder):
@@ -205,3 +206,34 @@ def test_the_grid_draws_the_pictures(folder):
         draw_grid(choose(pairs_of(base, aligned, folder), "scene", rows=3), "scene").size[0] == sheet.size[0]
     )
     assert math.isclose(draw_grid([], "scene").size[0], 2 * SIDE, abs_tol=100)
+
+
+def test_the_prompts_behind_a_verdict_are_those_with_scores(folder):
+    """Twelve prompts, four of them scored: too few, whatever their interval says."""
+    values = [0.9] * 4 + [None] * 8
+    report = compare(pairs_of(rows([0.5] * 12), rows(values), folder))
+    assert (report.prompts, report.rewards["scene"].prompts, report.rewards["scene"].dropped) == (12, 4, 8)
+    (said,) = verdict("aligned", report)
+    assert said.startswith("aligned and base cannot be told apart by scene on fewer than 10 prompts")
+    assert said.endswith("4 pairs of 4 prompts.")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"value": -1e308}, r"base, row 0, score scene: a size above 1e\+100"),
+        ({"value": 0.5, "parts": {"colour": 1e200}}, "a size above"),
+        ({"value": 0.5, "parts": {"colour": "red"}}, "'parts' are no numbers by name: score again"),
+        ({"value": 0.5, "parts": [1.0]}, "'parts' are no numbers by name"),
+    ],
+)
+def test_senseless_scores_are_refused(folder, entry, message):
+    row = rows([0.5])[0]
+    row["scores"]["scene"] = entry
+    with pytest.raises(UserError, match=message):
+        read_shots([row], folder, "base")
+
+
+def test_an_infinite_score_is_left_out_and_counted(folder):
+    report = compare(pairs_of(rows([0.5] * 3), rows([math.inf, 0.6, 0.7]), folder))
+    assert report.rewards["scene"].dropped == 1 and report.rewards["scene"].wins == 2

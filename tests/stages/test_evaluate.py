@@ -19,6 +19,7 @@ from diffalign.scenes import Scene, SceneObject, caption, draw
 from diffalign.stages.evaluate import READ_BY, READ_BY_ALL, evaluate
 from diffalign.stages.score import score
 from tests.tiny_clip import write_open_clip
+from tests.two_processes import two_processes
 
 WANTED = [
     Scene((SceneObject(shape, colour),), "white")
@@ -77,8 +78,13 @@ def test_the_report_by_hand(sides, tmp_path, capsys):
     assert abs(report["drift"]["edge_density"]["difference"]["estimate"]) < 0.05
     assert "vendi" not in report["drift"] and "embedder=clip" in report["notes"][0]
     printed = capsys.readouterr().out
-    assert (out / "report.txt").read_text().strip() in printed and str(out / "grid.png") in printed
     assert "75.0 % [" in printed and "6/0/2" in printed and "0.625" in printed
+    assert f"page: {out / 'report.html'}" in printed
+    written = [(out / name).read_text() for name in ("report.md", "report.html")]
+    assert all("75.0 % [" in text and "6/0/2" in text and "0.625" in text for text in written)
+    assert {path.name for path in out.iterdir() if path.name[0] != "."} == {
+        *("report.html", "report.md", "report.json", "grid.png", "manifest.json", "recipe.json")
+    }
     found = read_manifest(out)
     assert (
         found["stage"] == "evaluate" and found["counts"]["pairs"] == 8 and found["inputs"]["base"]["sha256"]
@@ -146,6 +152,16 @@ def test_a_limit_counts_prompts(sides, tmp_path):
     assert report["prompts"] == 2 and report["pairs"] == 4 and report["win_rate"] == 1
 
 
+def test_a_limit_spares_the_scorers(sides, tmp_path, capsys):
+    """Two prompts of two seeds are scored, not all four; a prompt that is missing is missed all the same."""
+    report = read_json(evaluate(**sides, scorers=["scene"], limit=2, out=str(tmp_path / "r"), device="cpu"))
+    assert report["pairs"] == 4 and "4/4 pictures" in capsys.readouterr().err
+    path = Path(sides["aligned"]) / "images.jsonl"
+    write_jsonl(path, read_jsonl(path)[4:])
+    with pytest.raises(UserError, match=r"prompt p0 .* is in base, not in aligned"):
+        evaluate(**sides, scorers=["scene"], limit=2, out=str(tmp_path / "out"), device="cpu")
+
+
 def test_other_prompts_are_refused(sides, tmp_path):
     path = Path(sides["aligned"]) / "images.jsonl"
     rows = read_jsonl(path)
@@ -170,6 +186,17 @@ def test_other_prompts_are_refused(sides, tmp_path):
         ({"limit": 0}, "limit=0"),
         ({"tie_epsilon": -1.0}, "tie_epsilon=-1.0"),
         ({"grid_rows": 0}, "grid_rows=0"),
+        ({"pictures": -1}, "pictures=-1"),
+        ({"run": "nowhere"}, "run=nowhere holds no metrics"),
+        ({"run": {"dpo": "nowhere"}}, "run: no model is called 'dpo', known: aligned"),
+        ({"aligned": []}, "aligned is empty"),
+        ({"aligned": ["a/dpo", "b/dpo"]}, "two of aligned= are folders named 'dpo': name them"),
+        ({"aligned": {"a/b": "x"}}, "'a/b' cannot be part of a file name"),
+        ({"aligned": {"\u56fe" * 90: "x"}}, "cannot be part of a file name"),
+        ({"aligned": {"": "x"}}, "'' cannot be part of a file name"),
+        ({"aligned": {"base": "x"}}, "a model may not be called 'base'"),
+        ({"aligned": {"a": "x", "b": "y"}, "run": "nowhere"}, "whose of a, b"),
+        ({"aligned": {"dpo": "nowhere"}}, "dpo=nowhere does not exist"),
         ({"device": "warp"}, "device=warp"),
     ],
 )
@@ -189,6 +216,8 @@ def test_bad_input_leaves_no_folder(sides, tmp_path, options, message):
         ("implicit", {"seed": 1}),
         ("implicit", {"device": "cpu"}),
         ("implicit", {"base": "pictures"}),
+        ("implicit", {"run": "run"}),
+        ("implicit", {"pictures": 3}),
     ],
 )
 def test_a_key_that_the_mode_does_not_read_is_refused(mode, option, tmp_path):
@@ -217,3 +246,107 @@ def test_the_signature_is_a_recipe():
     words = ["base=a", "aligned=b", "out=c", "embedder=clip", "embedder.path=x", "scorers={scene: {}}"]
     arguments = load_recipe(evaluate, None, words).arguments
     assert arguments["embedder"].path == "x" and arguments["mode"] == "images"
+    assert arguments["aligned"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "models"), [("[a, b]", ["a", "b"]), ("{dpo: a, mapo: b}", {"dpo": "a", "mapo": "b"})]
+)
+def test_several_models_can_be_written_as_words(text, models):
+    arguments = load_recipe(evaluate, None, ["base=x", f"aligned={text}", "out=c"]).arguments
+    assert arguments["aligned"] == models
+
+
+@pytest.fixture
+def three(sides, tmp_path) -> dict[str, str]:
+    """Base wrong on three prompts, `some` on one, `none` nowhere: scores of all three."""
+    folders = {"base": sides["base"], "some": sides["aligned"]}
+    return scored({**folders, "none": str(write_pictures(tmp_path / "none", []))}, tmp_path)
+
+
+def test_several_models_against_base_and_one_another(three, tmp_path, capsys):
+    models = {"some": three["some"], "none": three["none"]}
+    out = tmp_path / "report"
+    report = read_json(evaluate(base=three["base"], aligned=models, out=str(out), device="cpu"))
+    some, best = report["models"]["some"], report["models"]["none"]
+    assert some["win_rate"] == 0.75 and best["win_rate"] == (6 + 0.5 * 2) / 8
+    alone = read_json(
+        evaluate(base=three["base"], aligned=three["some"], out=str(tmp_path / "one"), device="cpu")
+    )
+    assert some["rewards"] == alone["rewards"] and some["drift"] == alone["drift"]
+    standing = report["standings"]["scene"]
+    assert standing["models"] == ["base", "some", "none"]
+    assert standing["wins"]["none"]["some"]["estimate"] == (2 + 0.5 * 6) / 8
+    ratings = standing["ratings"]
+    assert ratings["base"]["estimate"] == 0 < ratings["some"]["estimate"] < ratings["none"]["estimate"]
+    assert {path.name for path in (out / "grids").iterdir()} == {"some.png", "none.png"}
+    printed = capsys.readouterr().out
+    assert "Ratings by scene" in printed and "of none against base" in printed
+    again = {"none": three["none"], "some": three["some"]}
+    turned = read_json(evaluate(base=three["base"], aligned=again, out=str(tmp_path / "b"), device="cpu"))
+    for name, rating in turned["standings"]["scene"]["ratings"].items():
+        assert rating["estimate"] == pytest.approx(ratings[name]["estimate"], abs=1e-6)
+    counts = read_manifest(out)["counts"]
+    assert counts == {"some: pairs": 8, "some: scene NaN": 0, "none: pairs": 8, "none: scene NaN": 0}
+
+
+def test_a_list_is_named_by_its_folders(three, tmp_path):
+    listed = [three["some"], three["none"]]
+    report = read_json(evaluate(base=three["base"], aligned=listed, out=str(tmp_path / "r"), device="cpu"))
+    assert list(report["models"]) == ["some-scores", "none-scores"]
+
+
+def test_an_other_model_that_lacks_a_prompt_is_named(three, tmp_path):
+    path = Path(three["none"]) / "scores.jsonl"
+    write_jsonl(path, read_jsonl(path)[:-2])
+    models = {"some": three["some"], "none": three["none"]}
+    with pytest.raises(UserError, match=r"prompt p3 .* is in base, not in none"):
+        evaluate(base=three["base"], aligned=models, out=str(tmp_path / "r"), device="cpu")
+
+
+def test_what_the_prompts_file_says_becomes_categories(sides, tmp_path):
+    for folder in sides.values():
+        rows = read_jsonl(Path(folder) / "images.jsonl")
+        kinds = {"p0": "round", "p1": "sharp", "p2": "round", "p3": "sharp"}
+        meta = [{"Category": kinds[row["prompt_id"]], "Note": row["prompt_id"]} for row in rows]
+        write_jsonl(
+            Path(folder) / "images.jsonl", [{**row, "meta": m} for row, m in zip(rows, meta, strict=True)]
+        )
+    out = tmp_path / "report"
+    report = read_json(evaluate(**scored(sides, tmp_path), out=str(out), device="cpu"))
+    assert list(report["categories"]) == ["Category"]  # a note of each prompt is no category
+    found = report["categories"]["Category"]
+    assert found["round"]["win_rate"]["scene"]["estimate"] == 1.0 and found["round"]["pairs"] == 4
+    assert found["sharp"]["win_rate"]["scene"]["estimate"] == 0.5 and found["sharp"]["prompts"] == 2
+    assert "## aligned by Category" in (out / "report.md").read_text()
+
+
+def test_the_health_of_a_run_and_the_number_of_pictures(sides, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"step": k, "kind": "train", "loss": 0.7, "margin": 0.1 * k} for k in range(1, 9)]
+    write_jsonl(run / "metrics.jsonl", rows)
+    out = tmp_path / "report"
+    evaluate(**scored(sides, tmp_path), out=str(out), run=str(run), pictures=2, device="cpu")
+    page = (out / "report.html").read_text()
+    assert 'aria-label="Margin. margin: from 0.1 to 0.8."' in page and str(run) in page
+    assert page.count("<article") == 2
+
+
+def test_of_two_processes_the_first_writes(sides, tmp_path):
+    folders = scored(sides, tmp_path)
+    words = [f"{name}={folder}" for name, folder in folders.items()]
+    arguments = ["evaluate", *words, f"out={tmp_path / 'report'}", "device=cpu"]
+    first, second = two_processes(arguments, tmp_path / "kept")
+    assert first.code == 0 and second.code == 0, first.said + second.said
+    assert "does not share its work" not in first.said
+    assert second.said.strip() == "evaluate does not share its work: the first process does it"
+    assert read_json(tmp_path / "report" / "report.json")["win_rate"] == 0.75
+    assert read_manifest(tmp_path / "report") is not None
+
+
+def test_of_two_processes_one_says_what_is_wrong(sides, tmp_path):
+    arguments = ["evaluate", "base=nowhere", f"aligned={sides['aligned']}", f"out={tmp_path / 'report'}"]
+    first, second = two_processes(arguments, tmp_path / "kept")
+    assert first.code == 2 and len(first.errors) == 1 and "nowhere does not exist" in first.errors[0]
+    assert second.code == 0 and second.errors == []
