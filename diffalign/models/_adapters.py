@@ -67,7 +67,7 @@ def add_from_file(network: Any, pipeline_class: Any, path: str, *, dropout: floa
     activate(network, TRAINED)
     _to_float32(network)
     # diffusers has brought the weights to the base's precision by now: take the file's own bits again.
-    exact = _peft_names(state)
+    exact = peft_names(state)
     with torch.no_grad():
         for key, tensor in adapter_state(network).items():
             tensor.copy_(exact[key])
@@ -123,18 +123,22 @@ def load_adapter_state(network: Any, state: dict[str, Tensor], name: str = TRAIN
 
 
 def save(network: Any, pipeline_class: Any, folder: str | Path) -> None:
-    """Writes the adapter "trained" with the metadata that makes it reload equal.
+    """Writes the adapter "trained" so that it reloads equal."""
+    write(pipeline_class, adapter_state(network), network.peft_config[TRAINED].to_dict(), folder)
+
+
+def write(pipeline_class: Any, state: dict[str, Tensor], config: dict[str, Any], folder: str | Path) -> None:
+    """Writes an adapter's tensors with peft's settings as the metadata that makes it reload equal.
 
     Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout
     stays active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
     """
-    config = {**network.peft_config[TRAINED].to_dict(), "lora_dropout": 0.0, "inference_mode": True}
+    config = {**config, "lora_dropout": 0.0, "inference_mode": True}
     # peft holds names as sets, whose order changes with the process: sorted, equal runs write equal files.
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(network).items()}
     pipeline_class.save_lora_weights(
         str(folder),
-        unet_lora_layers=state,
+        unet_lora_layers={key: value.detach().cpu().contiguous() for key, value in state.items()},
         unet_lora_adapter_metadata=metadata,
         weight_name=WEIGHTS_FILE,
     )
@@ -166,7 +170,22 @@ def read_adapter(
             f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote"
         )
     _check_fits(state, network, path)
-    return state, alphas, metadata
+    return state, alphas and _alphas_by_layer(alphas), metadata
+
+
+def _alphas_by_layer(alphas: dict[str, Any]) -> dict[str, Any]:
+    """Kohya's alphas under the names of their layers.
+
+    diffusers (0.42) names those of attention layers by their tensors; where alphas differ from layer to
+    layer peft (0.21) then ignores them, with a warning.
+    """
+    named = {}
+    for key, alpha in alphas.items():
+        name = key.removesuffix(".alpha")
+        for layer in peft_names({name: alpha}):
+            name = f"unet.{layer.partition('.lora_')[0]}"
+        named[f"{name}.alpha"] = alpha
+    return named
 
 
 def _check_targets(network: Any, targets: Sequence[str]) -> None:
@@ -180,17 +199,17 @@ def _check_targets(network: Any, targets: Sequence[str]) -> None:
             )
 
 
-def _peft_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def peft_names(state: dict[str, Any]) -> dict[str, Any]:
     """The UNet's tensors by peft's names, whichever layout (peft, older diffusers, kohya) the file has."""
     inside = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
     if not inside or "lora_A" in next(iter(inside)):
         return inside
-    converted: dict[str, Tensor] = convert_unet_state_dict_to_peft(inside)
+    converted: dict[str, Any] = convert_unet_state_dict_to_peft(inside)
     return converted
 
 
 def _check_fits(state: dict[str, Tensor], network: Any, path: str) -> None:
-    for key, value in _peft_names(state).items():
+    for key, value in peft_names(state).items():
         for marker, axis, side in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
             layer_name, found, _ = key.partition(marker)
             if not found:

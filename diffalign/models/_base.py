@@ -119,6 +119,10 @@ class Model(Protocol):
         """Sets up the "train" and "reference" policies of the denoiser."""
         ...
 
+    def compile_blocks(self) -> None:
+        """Compiles the network's repeated blocks; after `start_training`."""
+        ...
+
     def move_reference(self, decay: float) -> None:
         """Makes the reference `decay` times itself plus `1 - decay` times the policy."""
         ...
@@ -143,6 +147,24 @@ class Model(Protocol):
         """Adds an adapter for generation; several add up."""
         ...
 
+    def export_adapter(
+        self, path: str, folder: str, *, layout: str, weight: float = 1.0, dtype: str | None = None
+    ) -> None:
+        """Writes a LoRA in the layout of another program."""
+        ...
+
+    def export_pipeline(
+        self,
+        folder: str,
+        *,
+        adapter: str | None = None,
+        weight: float = 1.0,
+        dtype: str | None = None,
+        single_file: bool = False,
+    ) -> None:
+        """Writes the whole pipeline, with a LoRA merged into its network."""
+        ...
+
     def trained_state(self) -> dict[str, Tensor]:
         """The tensors that training changes, by name, for checkpoints."""
         ...
@@ -156,5 +178,9 @@ class Model(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Identity of the weights, for checkpoints and caches."""
+        """Identity of the weights, for checkpoints."""
+        ...
+
+    def encoder_fingerprint(self) -> str:
+        """Identity of VAE and text encoders, for caches."""
         ...

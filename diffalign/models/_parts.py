@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,9 @@ def hub_commit(repo: str, file: str, revision: str | None = None) -> str | None:
 class Parts:
     """The parts of one pipeline, each loaded on first use and kept until dropped.
 
+    A single file holds the weights of network, VAE and text encoders; all else comes from the pipeline that
+    `spec.config` names.
+
     Args:
         spec: which weights.
         device: where parts go.
@@ -61,10 +65,11 @@ class Parts:
         _quiet()
         self.spec, self.device = spec, device
         self._sources: dict[str, Source] = {}
-        self._refuse_no_pipeline()
+        self._is_file = Path(spec.path).is_file()
+        self._home = self._find_home()
         self._revision = spec.revision
-        if not Path(spec.path).is_dir():
-            self._revision = hub_commit(spec.path, "model_index.json", spec.revision) or spec.revision
+        if not Path(self._home).is_dir():
+            self._revision = hub_commit(self._home, "model_index.json", spec.revision) or spec.revision
         self.index = self._read_index()
         missing = [name for name in expected if not _is_part(self.index.get(name))]
         if missing:
@@ -93,12 +98,15 @@ class Parts:
             torch.cuda.empty_cache()
 
     def source(self, name: str) -> Source:
-        """Where a part is loaded from: the pipeline, or the user's own VAE or UNet."""
+        """Where a part, or of one in a single file its configuration, is loaded from.
+
+        That is the pipeline, or the user's own VAE or UNet.
+        """
         if name not in self._sources:
             own = getattr(self.spec, name) if name in OWN_PARTS else None
-            if own is not None and not Path(own).exists() and _looks_local(own):
+            if own is not None and not Path(own).exists() and looks_local(own):
                 raise UserError(f"model.{name} {own} does not exist: give a diffusers folder or a hub id")
-            ours = Source(self.spec.path, name, self._revision)
+            ours = Source(self._home, name, self._revision)
             self._sources[name] = ours if own is None else own_source(own, name)
         return self._sources[name]
 
@@ -129,21 +137,57 @@ class Parts:
         """What tells these weights from others: content of local files, or hub id and commit."""
         source = self.source(name)
         folder = Path(source.path) / (source.subfolder or "")
+        if self._in_file(name):
+            # The configuration decides too: a VAE's factor is nowhere in its weights.
+            return {"file": self._file_identity, "config": self._config_of(name)}
         if folder.is_dir():
             return file_identity(folder)
         return {"hub": source.path, "part": name, "commit": source.revision, "variant": self._variant(source)}
 
+    def _config_of(self, name: str) -> dict[str, Any]:
+        """What tells the configuration of a part in the single file from others."""
+        folder = Path(self._home) / name
+        if folder.is_dir():
+            return file_identity(folder / "config.json")
+        return {"hub": self._home, "part": name, "commit": self._revision}
+
+    @cached_property
+    def _file_identity(self) -> dict[str, Any]:
+        return file_identity(self.spec.path)
+
+    def _in_file(self, name: str) -> bool:
+        """Whether the weights of a part are those of the single file."""
+        is_model = not name.startswith(("tokenizer", "scheduler"))
+        own = getattr(self.spec, name) if name in OWN_PARTS else None
+        return self._is_file and is_model and own is None
+
     def _variant(self, source: Source) -> str | None:
         return self.spec.variant if source.path == self.spec.path else None
 
-    def _refuse_no_pipeline(self) -> None:
-        path = Path(self.spec.path)
-        if path.is_file():
-            raise UserError(f"model.path {path} is a file: give a diffusers pipeline folder or a hub id")
-        if not path.is_dir() and _looks_local(self.spec.path):
+    def _find_home(self) -> str:
+        """The pipeline folder or hub id that configurations are read from."""
+        given, path = self.spec.path, Path(self.spec.path)
+        if not self._is_file:
+            if self.spec.config is not None:
+                raise UserError(
+                    f"model.config is set, but model.path {given} is no single file: leave it out"
+                )
+            self._refuse_no_pipeline("model.path", given)
+            return given
+        if path.suffix != ".safetensors":
             raise UserError(
-                f"model.path {self.spec.path} does not exist: give a diffusers pipeline folder or a hub id"
+                f"model.path {path} is a file, but no .safetensors: give a diffusers pipeline folder, a hub "
+                "id or a .safetensors file"
             )
+        home = self.spec.config or self.spec.default_config
+        self._refuse_no_pipeline("model.config", home)
+        return home
+
+    def _refuse_no_pipeline(self, key: str, given: str) -> None:
+        path = Path(given)
+        if not path.is_dir() and (path.is_file() or looks_local(given)):
+            what = "is a file" if path.is_file() else "does not exist"
+            raise UserError(f"{key} {given} {what}: give a diffusers pipeline folder or a hub id")
         if path.is_dir() and not (path / "model_index.json").is_file():
             raise UserError(f"{path} has no model_index.json: give the folder of a whole diffusers pipeline")
 
@@ -151,28 +195,59 @@ class Parts:
         from diffusers import DiffusionPipeline
 
         try:
-            return dict(DiffusionPipeline.load_config(self.spec.path, revision=self._revision))
+            return dict(DiffusionPipeline.load_config(self._home, revision=self._revision))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the pipeline {self.spec.path}: {brief(error)}") from error
+            remedy = ""
+            if self._is_file:
+                remedy = (
+                    f"; {self.spec.path} is read with its configurations, give others with model.config=..."
+                )
+            raise UserError(f"cannot read the pipeline {self._home}: {brief(error)}{remedy}") from error
 
     def _load(self, name: str, source: Source) -> Any:
         library, class_name = self.index[name]
-        where = source.path if source.subfolder is None else f"{source.path} ({name})"
-        missing: list[str] = []
+        from_file = self._in_file(name) and source == self.source(name)
+        path, inside = (self.spec.path, name) if from_file else (source.path, source.subfolder)
+        where = path if inside is None else f"{path} ({name})"
         try:
             cls = getattr(importlib.import_module(library), class_name)
-            part = cls.from_pretrained(source.path, **self._options(name, cls, source))
-            if hasattr(cls, "parameters"):
-                part, report = part
-                missing = sorted(report["missing_keys"])
+            part, missing = self._from_file(name) if from_file else self._from_folder(name, cls, source)
         except Exception as error:  # a torn file, an unknown class, no network: libraries agree on no type
-            raise UserError(f"cannot load {where}: {brief(error)}") from error
-        if missing:  # both libraries would go on with random numbers in their place
+            remedy = "; give the whole file of a base of this family" if from_file else ""
+            raise UserError(f"cannot load {where}: {brief(error)}{remedy}") from error
+        if missing:  # the libraries would go on with random numbers in their place, or with nothing
             raise UserError(
                 f"{where} lacks {len(missing)} weights of a {class_name}, e.g. {missing[0]}: "
                 "get the whole file"
             )
         return part.to(self.device).eval().requires_grad_(False) if hasattr(cls, "parameters") else part
+
+    def _from_folder(self, name: str, cls: Any, source: Source) -> tuple[Any, list[str]]:
+        """A part, and the weights that its files lack."""
+        part = cls.from_pretrained(source.path, **self._options(name, cls, source))
+        if not hasattr(cls, "parameters"):
+            return part, []
+        part, report = part
+        return part, sorted(report["missing_keys"])
+
+    def _from_file(self, name: str) -> tuple[Any, list[str]]:
+        """A part of the single file, and the weights that it lacks: those have no memory."""
+        import diffusers
+
+        family = getattr(diffusers, self.spec.pipeline_name)
+        with quiet_libraries():
+            pipeline = family.from_single_file(
+                self.spec.path,
+                config=self._home,
+                revision=self._revision,
+                torch_dtype=self._dtype(name),
+                **{other: None for other, entry in self.index.items() if _is_part(entry) and other != name},
+            )
+        part = getattr(pipeline, name)
+        return part, sorted(key for key, tensor in part.named_parameters() if tensor.is_meta)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch_dtype(self.spec.vae_dtype if name == "vae" else self.spec.dtype)
 
     def _options(self, name: str, cls: Any, source: Source) -> dict[str, Any]:
         """What `from_pretrained` is told."""
@@ -182,17 +257,17 @@ class Parts:
             "revision": source.revision,
         }
         if hasattr(cls, "parameters"):
-            dtype = torch_dtype(self.spec.vae_dtype if name == "vae" else self.spec.dtype)
-            options["torch_dtype" if is_diffusers else "dtype"] = dtype
+            options["torch_dtype" if is_diffusers else "dtype"] = self._dtype(name)
             options["output_loading_info"] = True
             if self._variant(source) is not None:
                 options["variant"] = self.spec.variant
         return options
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
     """Whether a path that does not exist cannot be the id of something on the hub."""
-    return Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
+    is_path = Path(path).is_absolute() or path.startswith((".", "~")) or path.endswith(".safetensors")
+    return is_path or path.count("/") != 1
 
 
 def _quiet() -> None:
@@ -205,10 +280,11 @@ def _quiet() -> None:
 
 
 @contextmanager
-def quiet_about_truncation() -> Iterator[None]:
-    """Inside, diffusers and transformers do not print what they cut off a long prompt: `say_too_long` does.
+def quiet_libraries() -> Iterator[None]:
+    """Inside, diffusers and transformers print no warnings of theirs that say nothing new.
 
-    They print it for each batch, with the padding of every prompt in it.
+    Of a long prompt they print what they cut off, for each batch and with the padding of every prompt in it:
+    `say_too_long` says it better.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

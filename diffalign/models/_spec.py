@@ -20,7 +20,10 @@ class ModelSpec:
     """Which weights a backbone runs on.
 
     Args:
-        path: a diffusers pipeline folder, or the id of one on the hub.
+        path: a diffusers pipeline folder, the id of one on the hub, or one .safetensors file in the original
+            layout.
+        config: of a single file: the pipeline folder or hub id whose configurations, tokenizers and
+            scheduler it is read with (no weights are); null: those of the family's first base on the hub.
         dtype: of the network's and the text encoders' weights in memory.
         revision: branch, tag or commit on the hub.
         variant: file variant, e.g. "fp16".
@@ -32,6 +35,7 @@ class ModelSpec:
     """
 
     path: str
+    config: str | None = None
     dtype: Dtype = "fp32"
     revision: str | None = None
     variant: str | None = None
@@ -43,6 +47,8 @@ class ModelSpec:
 
     pipeline_name: ClassVar[str]
     """The class of diffusers that loads this family."""
+    default_config: ClassVar[str]
+    """The hub id whose configurations fit a single file of this family."""
 
     def __post_init__(self) -> None:
         for key, value, known in (

@@ -19,13 +19,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def write_sdxl(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None:
+def write_sdxl(
+    folder: Path, *, seed: int = 0, text_widths: tuple[int, int] = (16, 16), **scheduler_options: Any
+) -> None:
     """Writes a random SDXL pipeline for 32-pixel images (latents 4 x 16 x 16)."""
     torch.manual_seed(seed)
-    text, words = _text_config(16), tokenizer()
-    text_2 = _text_config(16, projection=24)
+    text, words = _text_config(text_widths[0]), tokenizer()
+    text_2 = _text_config(text_widths[1], projection=24)
     unet = UNet2DConditionModel(
-        **_unet_config(cross_attention_dim=32),
+        **_unet_config(cross_attention_dim=sum(text_widths)),
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=24 + 6 * 4,

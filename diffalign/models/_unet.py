@@ -18,13 +18,14 @@ from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, without
 from diffalign.diffusion.process import Process
 from diffalign.models import _adapters, scheduler_class
 from diffalign.models._base import REFERENCE, NonFinitePicture, torch_dtype
-from diffalign.models._parts import Parts, quiet_about_truncation
+from diffalign.models._export import ExportableModel
+from diffalign.models._parts import Parts, quiet_libraries
 from diffalign.models._samplers import check_scheduler
 from diffalign.models._spec import ModelSpec
 from diffalign.models._trainable import TrainableModel
 
 
-class UNetModel(TrainableModel):
+class UNetModel(TrainableModel, ExportableModel):
     """A backbone of the Stable Diffusion family; subclasses name the encoders and the conditioning.
 
     Args:
@@ -141,7 +142,7 @@ class UNetModel(TrainableModel):
         if not prompts:
             return
         tokenizer = self.parts["tokenizer"]
-        with quiet_about_truncation():
+        with quiet_libraries():
             lengths = [len(tokens) for tokens in tokenizer(prompts).input_ids]
         limit = tokenizer.model_max_length
         long = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
@@ -261,7 +262,7 @@ class UNetModel(TrainableModel):
         self, prompts: list[str], negative_prompt: str | None = None
     ) -> tuple[Conditioning, Conditioning]:
         """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
-        with quiet_about_truncation():
+        with quiet_libraries():
             return self._embed(prompts, negative_prompt)
 
     def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
@@ -302,6 +303,10 @@ class UNetModel(TrainableModel):
         self._adapter_weights[name] = weight
         adapted = self.pipeline(*self.encoder_parts, "unet") if self._adapts_encoders else self.network
         adapted.set_adapters(list(self._adapter_weights), list(self._adapter_weights.values()))
+
+    def encoder_fingerprint(self) -> str:
+        """Identity of VAE and text encoders."""
+        return recipe_identity({name: self.parts.identity(name) for name in (*self.encoder_parts, "vae")})
 
     def fingerprint(self) -> str:
         """Identity of UNet, VAE, text encoders and forward process; the sampler does not matter."""

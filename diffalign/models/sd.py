@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
+from diffalign.models import _ldm
 from diffalign.models._base import Model
 from diffalign.models._spec import ModelSpec
 from diffalign.models._unet import UNetModel
@@ -21,6 +22,7 @@ class Plugin(ModelSpec):
     """Stable Diffusion 1.x, 2.x and their fine-tunes."""
 
     pipeline_name: ClassVar[str] = "StableDiffusionPipeline"
+    default_config: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
     def load(self, device: str = "cpu") -> Model:
         """The model on `device`; its parts load when first used."""
@@ -70,3 +72,21 @@ class StableDiffusion(UNetModel):
 
     def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
         return {"prompt_embeds": cond["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
+
+    def kohya_layer_name(self, layer: str) -> str:
+        """That of diffusers, whose UNet kohya's scripts train here."""
+        return layer
+
+    def original_encoder_state(self) -> dict[str, Tensor]:
+        """The text encoder by the names of the SD 1.5 file.
+
+        Raises:
+            UserError: the base is an SD 2.x, whose file holds a layer that pipelines leave out.
+        """
+        encoder = self.parts["text_encoder"]
+        if encoder.config.hidden_act != "quick_gelu":  # OpenAI's CLIP is the one that has it
+            raise UserError(
+                f"single_file: the text encoder of {self.spec.path} is not that of SD 1.x, and the layout of "
+                "SD 2.x files is not written: leave single_file out"
+            )
+        return _ldm.clip_state(encoder, "cond_stage_model.transformer.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
+from diffalign.models import _ldm
 from diffalign.models._base import Model
 from diffalign.models._spec import ModelSpec
 from diffalign.models._unet import UNetModel
@@ -21,6 +22,7 @@ class Plugin(ModelSpec):
     """SDXL base and its fine-tunes (not the refiner)."""
 
     pipeline_name: ClassVar[str] = "StableDiffusionXLPipeline"
+    default_config: ClassVar[str] = "stabilityai/stable-diffusion-xl-base-1.0"
 
     def load(self, device: str = "cpu") -> Model:
         """The model on `device`; its parts load when first used."""
@@ -89,3 +91,14 @@ class SDXL(UNetModel):
     ) -> dict[str, Tensor]:
         """`time_ids` `[1, 6]`: original (height, width), crop (top, left), target (height, width); pixels."""
         return {"time_ids": torch.tensor([[*original, *crop, *target]], dtype=torch.float32)}
+
+    def kohya_layer_name(self, layer: str) -> str:
+        """The original one: kohya's scripts train SDXL in the layout of its file."""
+        return _ldm.unet_layer_name(layer, self.parts.config("unet"))
+
+    def original_encoder_state(self) -> dict[str, Tensor]:
+        """Both text encoders by the names of the SDXL file."""
+        return {
+            **_ldm.clip_state(self.parts["text_encoder"], "conditioner.embedders.0.transformer."),
+            **_ldm.open_clip_state(self.parts["text_encoder_2"], "conditioner.embedders.1.model."),
+        }

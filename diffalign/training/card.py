@@ -1,25 +1,37 @@
-"""The model card in an adapter's folder: what it was trained on and from, and how to load it."""
+"""Model cards: what was trained on what and from what, how good it is, and how to load it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diffalign.common import plugins
+from diffalign.common.errors import UserError, brief
 from diffalign.common.manifest import versions
-from diffalign.models._parts import Source, own_source
+from diffalign.models._parts import Source, looks_local, own_source
 from diffalign.models._spec import ModelSpec
 
 _OWN_CLASSES = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
 _HERE = "path/to/this/folder"
 
+TAGS = {
+    "adapter": "lora",
+    "kohya": "lora",
+    "unet": "unet",
+    "pipeline": "text-to-image",
+    "file": "text-to-image",
+}
+"""What a folder with a card holds -> its tag on the hub."""
+
 
 def model_card(
     recipe: dict[str, Any], *, base_identity: str, counts: dict[str, Any], summary: dict[str, Any]
 ) -> str:
-    """The card as Markdown with the hub's YAML header.
+    """The card of what a run has trained, as Markdown with the hub's YAML header.
 
     Args:
         recipe: the resolved recipe of the run.
@@ -27,56 +39,164 @@ def model_card(
         counts: of the data: asked, used, dropped.
         summary: closing numbers of the run.
     """
-    model, objective = recipe["model"], recipe["objective"]
-    header = {
-        "base_model": model["path"],
-        "library_name": "diffusers",
-        "tags": ["diffalign", objective["name"], "lora" if recipe["adapter"]["kind"] == "lora" else "unet"],
-    }
+    holds = "adapter" if recipe["adapter"]["kind"] == "lora" else "unet"
+    run = {"recipe": recipe, "counts": counts, "summary": summary, "versions": versions()}
+    return (
+        "\n\n".join(
+            [
+                _header(recipe["model"], holds, recipe["objective"]["name"]),
+                *_title(recipe["model"], run),
+                *_use(recipe["model"], holds),
+                *_base(recipe["model"], base_identity),
+                *_recipe(run),
+            ]
+        )
+        + "\n"
+    )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` has written.
+
+    Attributes:
+        holds: one of TAGS.
+        file: of "kohya" and "file": the file's name.
+        model: the `model` section of the recipe.
+        base_identity: fingerprint of the base.
+        license: of the base, as the hub calls it; None: not known.
+        weight: how strongly the adapter acts.
+        run: manifest of the run that trained it; None: not known.
+        report: report.json of `evaluate`; None: not given.
+    """
+
+    holds: str
+    file: str | None
+    model: dict[str, Any]
+    base_identity: str
+    license: str | None = None
+    weight: float = 1.0
+    run: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None
+
+
+def export_card(exported: Exported) -> str:
+    """The card of an exported folder, as Markdown with the hub's YAML header.
+
+    Raises:
+        UserError: the report is none of `evaluate mode=images`.
+    """
+    run = exported.run
+    objective = None if run is None else run["recipe"]["objective"]["name"]
+    strength = (
+        [] if exported.weight == 1.0 else [f"The adapter acts with weight {exported.weight:g} of its own."]
+    )
+    return (
+        "\n\n".join(
+            [
+                _header(exported.model, exported.holds, objective, exported.license or "unknown"),
+                *_title(exported.model, run),
+                *strength,
+                *_use(exported.model, exported.holds, exported.file),
+                *_scores(exported.report),
+                *_base(exported.model, exported.base_identity),
+                f"License of the base: {exported.license or 'unknown'}; what derives from it is bound by it.",
+                *([] if run is None else _recipe(run)),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _header(model: dict[str, Any], holds: str, objective: str | None, license: str | None = None) -> str:
+    tags = ["diffalign", *([] if objective is None else [objective]), TAGS[holds]]
+    entries: dict[str, Any] = {} if license is None else {"license": license}
+    if not Path(model["path"]).exists() and not looks_local(model["path"]):
+        entries["base_model"] = model["path"]  # the hub takes ids alone, it refuses cards with paths
+    entries |= {"library_name": "diffusers", "tags": tags}
+    return f"---\n{yaml.safe_dump(entries, sort_keys=False).strip()}\n---"
+
+
+def _title(model: dict[str, Any], run: dict[str, Any] | None) -> list[str]:
+    if run is None:
+        return [f"# {model['path']}, adapted", "How it was trained is not known here."]
+    counts = run["counts"]
     learned = f"{counts['used']} examples ({counts['asked']} rows read)"
-    if recipe["data"] is None:
+    if run["recipe"]["data"] is None and run["recipe"].get("cache") is None:
         learned = f"its own pictures of {counts['used']} prompts"
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False).strip()}
----
-
-# {model["path"]} aligned with {objective["name"]}
-
-Trained with [diffalign](https://pypi.org/project/diffalign/) for {summary["steps"]} steps on \
-{learned}.
-
-## Use
-
-```python
-{_snippet(recipe)}
-```
-
-## Base
-
-`{model["path"]}`, fingerprint `{base_identity}`. An adapter changes the weights it was trained on; on another
-base its effect is not known.
-
-## Recipe
-
-```yaml
-{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()}
-```
-
-## Closing numbers
-
-```yaml
-{yaml.safe_dump({"data": counts, "run": summary, "versions": versions()}, sort_keys=False).strip()}
-```
-"""
+    return [
+        f"# {model['path']} aligned with {run['recipe']['objective']['name']}",
+        "Trained with [diffalign](https://pypi.org/project/diffalign/) for "
+        f"{run['summary']['steps']} steps on {learned}.",
+    ]
 
 
-def _snippet(recipe: dict[str, Any]) -> str:
-    """Python code that loads the run's base, in the precision of its files, and what was trained."""
-    model = {key: value for key, value in recipe["model"].items() if key != "name"}
-    spec: ModelSpec = plugins.get("models", recipe["model"]["name"])(**model)
-    is_lora = recipe["adapter"]["kind"] == "lora"
+def _use(model: dict[str, Any], holds: str, file: str | None = None) -> list[str]:
+    code = f"```python\n{_snippet(model, holds, file)}\n```"
+    if holds != "kohya":
+        return ["## Use", code]
+    return ["## Use", f"ComfyUI, WebUI and kohya's scripts load `{file}` as any LoRA. With diffusers:", code]
+
+
+def _base(model: dict[str, Any], identity: str) -> list[str]:
+    return [
+        "## Base",
+        f"`{model['path']}`, fingerprint `{identity}`. An adapter changes the weights it was trained on; on "
+        "another\nbase its effect is not known.",
+    ]
+
+
+def _recipe(run: dict[str, Any]) -> list[str]:
+    numbers = {"data": run["counts"], "run": run["summary"], "versions": run["versions"]}
+    return [
+        "## Recipe",
+        f"```yaml\n{yaml.safe_dump(run['recipe'], sort_keys=False, allow_unicode=True).strip()}\n```",
+        "## Closing numbers",
+        f"```yaml\n{yaml.safe_dump(numbers, sort_keys=False).strip()}\n```",
+    ]
+
+
+def _scores(report: dict[str, Any] | None) -> list[str]:
+    """The table of every scorer: how often aligned beats base, and by how much, with the intervals."""
+    if report is None:
+        return []
+    if isinstance(report, dict) and "models" in report:
+        raise UserError("report= compares several models: give an evaluate of aligned=FOLDER alone")
+    try:
+        level = f"{100 * report['level']:g} %"
+        lines = [
+            f"{report['pairs']} pairs of pictures, base against aligned, of {report['prompts']} prompts; in "
+            f"brackets the {level} intervals over prompts.",
+            "| scorer | aligned wins (ties half) | base | aligned | difference |\n|---|---|---|---|---|",
+        ]
+        for name, reward in report["rewards"].items():
+            win, difference = _interval(reward["win_rate"]), _interval(reward["difference"])
+            means = f"{reward['base']:.4g} | {reward['aligned']:.4g}"
+            lines[-1] += f"\n| {name} ({reward['scale']}) | {win} | {means} | {difference} |"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"report= holds no comparison of pictures ({brief(error)}): give the output of evaluate "
+            "mode=images"
+        ) from error
+    return ["## Scores", *lines]
+
+
+def _interval(interval: dict[str, Any]) -> str:
+    return f"{interval['estimate']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"
+
+
+def _snippet(model: dict[str, Any], holds: str, file: str | None = None) -> str:
+    """Python code that loads the base, in the precision of its files, and what the folder holds."""
+    spec: ModelSpec = plugins.get("models", model["name"])(
+        **{key: value for key, value in model.items() if key != "name"}
+    )
     own = {name: own_source(getattr(spec, name), name) for name in _OWN_CLASSES if getattr(spec, name)}
-    if not is_lora:
+    load = _load_call(spec)
+    if holds == "pipeline":
+        own, load = {}, f"from_pretrained({_arguments(_HERE)}"
+    elif holds == "file":
+        own, load = {}, f"from_single_file({_arguments(f'{_HERE}/{file}')}"
+    elif holds == "unet":
         own["unet"] = Source(_HERE, "unet")
     classes = sorted([spec.pipeline_name, *(_OWN_CLASSES[name] for name in own)])
     lines = [f"from diffusers import {', '.join(classes)}", ""]
@@ -84,12 +204,18 @@ def _snippet(recipe: dict[str, Any]) -> str:
         lines.append(
             f"{name} = {_OWN_CLASSES[name]}.from_pretrained({_arguments(path, subfolder=subfolder)})"
         )
-    options = _arguments(spec.path, revision=spec.revision, variant=spec.variant)
     given = "".join(f", {name}={name}" for name in own)
-    lines.append(f"pipeline = {spec.pipeline_name}.from_pretrained({options}{given})")
-    if is_lora:
-        lines.append(f"pipeline.load_lora_weights({_arguments(_HERE)})")
+    lines.append(f"pipeline = {spec.pipeline_name}.{load}{given})")
+    if holds in ("adapter", "kohya"):
+        lines.append(f"pipeline.load_lora_weights({_arguments(_HERE, weight_name=file)})")
     return "\n".join([*lines, 'image = pipeline("a prompt").images[0]'])
+
+
+def _load_call(spec: ModelSpec) -> str:
+    """The call that loads the base, up to its last argument."""
+    if spec.path.endswith(".safetensors"):
+        return f"from_single_file({_arguments(spec.path, config=spec.config)}"
+    return f"from_pretrained({_arguments(spec.path, revision=spec.revision, variant=spec.variant)}"
 
 
 def _arguments(path: str, **options: str | None) -> str:

@@ -43,7 +43,8 @@ def test_paths_that_hold_no_pipeline(tiny_sd: str, tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "nowhere", "nowhere does not exist: give a diffusers pipeline folder or a hub id"),
         (tmp_path, "has no model_index.json: give the folder of a whole diffusers pipeline"),
-        (Path(tiny_sd) / "model_index.json", "is a file: give a diffusers pipeline folder"),
+        (Path(tiny_sd) / "model_index.json", r"is a file, but no \.safetensors: give a diffusers pipeline f"),
+        ("models/base.safetensors", "does not exist: give a diffusers pipeline folder or a hub id"),
     ):
         with pytest.raises(UserError, match=message):
             use("sd", str(path))

@@ -1,0 +1,241 @@
+"""What a backbone writes for other programs: adapters in their layouts, and whole pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign.common.errors import UserError
+from diffalign.common.progress import say
+from diffalign.diffusion.process import Process
+from diffalign.models import _adapters, _ldm
+from diffalign.models._base import TRAINED, torch_dtype
+from diffalign.models._parts import Parts, quiet_libraries
+from diffalign.models._spec import ModelSpec
+
+KOHYA_FILE, PIPELINE_FILE = "lora.safetensors", "model.safetensors"
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA of the UNet, whichever layout its file has.
+
+    Attributes:
+        state: its tensors by peft's names.
+        config: peft's settings.
+        scales: layer -> what its `up @ down` is multiplied by.
+    """
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    scales: dict[str, float]
+
+
+def read_lora(pipeline_class: Any, path: str, blueprint: Any, *, weight: float = 1.0) -> Lora:
+    """The LoRA at `path`, acting `weight` times as strongly; `blueprint` is its UNet without memory.
+
+    Alphas, rsLoRA and per-layer patterns are understood by diffusers and peft themselves: they set the
+    adapter up on the blueprint, and the scale of each layer is read off there.
+
+    Raises:
+        UserError: nothing usable there, one for another architecture, or one that also changes the text
+            encoders.
+    """
+    state, alphas, metadata = _adapters.read_adapter(pipeline_class, path, blueprint)
+    if any(not key.startswith("unet.") for key in state):
+        raise UserError(
+            f"adapter {path} also changes the text encoders: only adapters of the UNet can be exported"
+        )
+    shapes = {key: tensor.to("meta") for key, tensor in state.items()}
+    pipeline_class.load_lora_into_unet(shapes, alphas, blueprint, adapter_name=TRAINED, metadata=metadata)
+    config = blueprint.peft_config[TRAINED].to_dict()
+    patterns = {name: alpha * weight for name, alpha in (config["alpha_pattern"] or {}).items()}
+    return Lora(
+        state=_adapters.peft_names(state),
+        config={**config, "lora_alpha": config["lora_alpha"] * weight, "alpha_pattern": patterns},
+        scales={
+            name: layer.scaling[TRAINED] * weight
+            for name, layer in blueprint.named_modules()
+            if TRAINED in getattr(layer, "scaling", {})
+        },
+    )
+
+
+def kohya_state(lora: Lora, name_of: Callable[[str], str]) -> dict[str, Tensor]:
+    """The tensors as kohya's scripts name them, the scale of each layer folded into its `alpha`.
+
+    Convention: kohya multiplies `up @ down` by `alpha / rank`, rsLoRA by `alpha / sqrt(rank)`; so a layer's
+    `alpha` here is its scale times its rank (Kalajdzievski 2023, arXiv 2312.03732, eq. 4). Where the layers'
+    alphas differ, all get the first one and `up` makes good for it: diffusers (0.42) reads one alpha only.
+
+    Args:
+        lora: what is written.
+        name_of: a layer's name in the layout that kohya's scripts train this family in.
+
+    Raises:
+        UserError: DoRA or biases, which that layout cannot carry.
+    """
+    if lora.config["use_dora"]:
+        raise UserError(
+            "format=kohya cannot carry a DoRA: kohya's scripts and diffusers leave its magnitudes out, "
+            "others divide by another norm, and the pictures would differ; use format=merged or diffusers"
+        )
+    other = [key for key in lora.state if not key.endswith(_FACTORS)]
+    if other:
+        raise UserError(f"format=kohya cannot carry {other[0]}: use format=merged or diffusers")
+    named: dict[str, Tensor] = {}
+    common: float | None = None
+    for layer, scale in lora.scales.items():
+        down, up = (lora.state[f"{layer}{factor}"] for factor in _FACTORS)
+        alpha = scale * down.shape[0]
+        common = alpha if common is None else common
+        name = f"lora_unet_{name_of(layer).replace('.', '_')}"
+        named[f"{name}.lora_down.weight"] = down
+        named[f"{name}.lora_up.weight"] = up if alpha == common else up * (alpha / common)
+        named[f"{name}.alpha"] = torch.tensor(common)
+    return named
+
+
+def _cast(state: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """The tensors in `dtype` (None: as they are), each with memory of its own; refuses as `_in_dtype`."""
+    return {name: _in_dtype(name, tensor, dtype).cpu().contiguous() for name, tensor in state.items()}
+
+
+def _in_dtype(name: str, tensor: Tensor, dtype: str | None) -> Tensor:
+    """The tensor in `dtype`; alphas stay float32.
+
+    Raises:
+        UserError: it is not finite, or too large for the precision.
+    """
+    cast = tensor.detach()
+    if dtype is not None and not name.endswith(".alpha"):
+        cast = cast.to(torch_dtype(dtype))
+    if bool(cast.isfinite().all()):
+        return cast
+    if bool(tensor.isfinite().all()):
+        raise UserError(f"{name} is too large for dtype={dtype}: use dtype=bf16 or fp32")
+    raise UserError(f"{name} holds NaN or infinity: export what an earlier step has trained")
+
+
+class ExportableModel:
+    """The exporting half of a backbone; the other halves load, draw and train."""
+
+    spec: ModelSpec
+    parts: Parts
+    encoder_parts: ClassVar[tuple[str, ...]]
+
+    @property
+    def process(self) -> Process:
+        """The forward process of the base's scheduler."""
+        raise NotImplementedError
+
+    @property
+    def network(self) -> Any:
+        """The network."""
+        raise NotImplementedError
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline that reads and writes adapters."""
+        raise NotImplementedError
+
+    def pipeline(self, *names: str) -> Any:
+        """A diffusers pipeline that holds the parts `names`."""
+        raise NotImplementedError
+
+    def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
+        """Adds a LoRA for generation."""
+        raise NotImplementedError
+
+    def kohya_layer_name(self, layer: str) -> str:
+        """A UNet layer's name in the layout that kohya's scripts train this family in."""
+        raise NotImplementedError
+
+    def original_encoder_state(self) -> dict[str, Tensor]:
+        """The text encoders' tensors by the names of the family's published single file."""
+        raise NotImplementedError
+
+    def export_adapter(
+        self, path: str, folder: str, *, layout: str, weight: float = 1.0, dtype: str | None = None
+    ) -> None:
+        """Writes the LoRA at `path` to `folder`; the network is not loaded.
+
+        Args:
+            path: folder, file or hub id of a LoRA.
+            folder: gets one file.
+            layout: "diffusers" or "kohya".
+            weight: how strongly it acts in the written file when it is loaded at strength 1.
+            dtype: of the written tensors; None: as they are. Alphas are float32.
+
+        Raises:
+            UserError: no such adapter, one for another base, or one that the layout cannot carry.
+        """
+        lora = read_lora(self.pipeline_class, path, self.parts.blueprint("unet"), weight=weight)
+        if layout == "diffusers":
+            _adapters.write(self.pipeline_class, _cast(lora.state, dtype), lora.config, folder)
+            return
+        state = kohya_state(lora, self.kohya_layer_name)
+        outer = [layer for layer in lora.scales if "_block" not in layer]
+        if outer:
+            say(f"kohya's own scripts leave out {', '.join(outer)}; ComfyUI and diffusers load them")
+        metadata = {"format": "pt", "ss_network_module": "networks.lora"}
+        save_file(_cast(state, dtype), Path(folder) / KOHYA_FILE, metadata=metadata)
+
+    def export_pipeline(
+        self,
+        folder: str,
+        *,
+        adapter: str | None = None,
+        weight: float = 1.0,
+        dtype: str | None = None,
+        single_file: bool = False,
+    ) -> None:
+        """Writes the whole pipeline to `folder`, with the LoRA at `adapter` merged into its UNet.
+
+        The model cannot be used for anything else afterwards.
+
+        Args:
+            folder: gets the folders of a diffusers pipeline, or one file.
+            adapter: folder, file or hub id of a LoRA; None: the UNet as it is.
+            weight: how strongly the adapter acts.
+            dtype: of the written weights; None: as they are in memory.
+            single_file: write one file in the original layout.
+
+        Raises:
+            UserError: no such adapter, one for another base, or a pipeline that the layout cannot carry.
+        """
+        if adapter is not None:
+            read_lora(self.pipeline_class, adapter, self.parts.blueprint("unet"))
+            self.load_adapter(adapter, weight=weight)
+            self.network.fuse_lora()
+            self.network.unload_lora()
+        if single_file:
+            if self.process.prediction != "epsilon":
+                say(
+                    f"{PIPELINE_FILE} cannot say that its network predicts {self.process.prediction}: tell "
+                    "the program that loads it, which else takes it for noise"
+                )
+            save_file(_cast(self._original_state(), dtype), Path(folder) / PIPELINE_FILE, {"format": "pt"})
+            return
+        pipeline = self.pipeline(*self.encoder_parts, "vae", "unet")
+        for part in pipeline.components.values():
+            for name, tensor in part.state_dict().items() if hasattr(part, "parameters") else ():
+                _in_dtype(name, tensor, dtype)
+        with quiet_libraries():
+            if dtype is not None:
+                pipeline.to(dtype=torch_dtype(dtype))
+            pipeline.save_pretrained(folder)
+
+    def _original_state(self) -> dict[str, Tensor]:
+        return {
+            **_ldm.unet_state(self.parts["unet"]),
+            **_ldm.vae_state(self.parts["vae"]),
+            **self.original_encoder_state(),
+        }
