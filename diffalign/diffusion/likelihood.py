@@ -6,7 +6,8 @@ preference objectives optimise; the ELBO is a bound on log-likelihood in nats.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.process import ErrorSpace, Process, expand
 
 
+class Known(Protocol):
+    """Errors of the reference for certain draws, once they were computed."""
+
+    def get(self, error_space: str, like: Tensor) -> Tensor | None:
+        """The errors `[B]` in a space, on the device of `like` `[B]`; None where they are not known yet."""
+        ...
+
+    def put(self, error_space: str, errors: Tensor) -> None:
+        """Keeps the errors `[B]`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random part of an error: a timestep and a noise for every image.
@@ -23,14 +36,16 @@ class Draws:
     Args:
         t: `[B]` int64.
         noise: `[B, ...]` float32, shape of the latents.
+        known: the reference's errors for all of these draws together, if they are kept.
     """
 
     t: Tensor
     noise: Tensor
+    known: Known | None = None
 
     def to(self, device: torch.device | str) -> Draws:
         """The same draws on `device`."""
-        return Draws(self.t.to(device), self.noise.to(device))
+        return replace(self, t=self.t.to(device), noise=self.noise.to(device))
 
 
 @dataclass(frozen=True)
@@ -42,11 +57,13 @@ class Terms:
             first, with gradient.
         ref_err: likewise without gradient, or None when no reference was asked for.
         t: `[B]` int64.
+        residual: `[B, ...]` of the policy, without gradient, or None when it was not asked for.
     """
 
     err: Tensor
     ref_err: Tensor | None
     t: Tensor
+    residual: Tensor | None = None
 
 
 def denoising_terms(
@@ -57,6 +74,7 @@ def denoising_terms(
     *,
     reference: bool,
     error_space: ErrorSpace = "native",
+    keep_residual: bool = False,
 ) -> Terms:
     """Errors of `latents` `[B, ...]` noised by `draws`, one forward pass a policy at the same batch shape.
 
@@ -71,14 +89,20 @@ def denoising_terms(
     target = process.target(latents, draws.noise, draws.t).to(precision)
     scale = expand(process.residual_scale(error_space, draws.t), latents).to(precision)
 
-    def error_now() -> Tensor:
-        return mean_square((denoiser.predict(x_t, draws.t, cond).to(precision) - target) * scale)
+    def residual_now() -> Tensor:
+        return (denoiser.predict(x_t, draws.t, cond).to(precision) - target) * scale
 
     ref_err = None
     if reference:
-        with torch.no_grad(), denoiser.policy("reference"):
-            ref_err = error_now()
-    return Terms(err=error_now(), ref_err=ref_err, t=draws.t)
+        ref_err = None if draws.known is None else draws.known.get(error_space, draws.t)
+        if ref_err is None:
+            with torch.no_grad(), denoiser.policy("reference"):
+                ref_err = mean_square(residual_now())
+            if draws.known is not None:
+                draws.known.put(error_space, ref_err)
+    residual = residual_now()
+    kept = residual.detach() if keep_residual else None
+    return Terms(err=mean_square(residual), ref_err=ref_err, t=draws.t, residual=kept)
 
 
 def mean_square(residual: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ NOT_IDENTITY = (
     "log_every",
     "checkpoint",
     "samples",
+    "trackers",
     "loader.num_workers",
+    "reference.store",
     "validation.every",
     "validation.draws",
     "validation.limit",
@@ -36,7 +38,9 @@ def finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     done = manifest.read_manifest(folder)
     if done is None:
         return None
-    say(f"{folder} holds this run, finished after {done['summary']['steps']} steps; nothing to do")
+    steps, stopped = done["summary"]["steps"], done["summary"].get("stopped")
+    why = "" if stopped is None else f" (stopped: {stopped})"
+    say(f"{folder} holds this run, finished after {steps} steps{why}; nothing to do")
     summary: dict[str, Any] = done["summary"]
     return summary
 

@@ -1,9 +1,10 @@
 """Align a diffusion model: train a LoRA (or the whole network) on preferences, or on a reward alone.
 
 Given pictures (data=) and prompts are encoded once and kept in memory, then VAE and text encoders make room
-for the network. An on-policy objective (dragon) is given prompts= and scorers=, and draws its own pictures.
-The run writes checkpoints, metrics.jsonl, TensorBoard logs and, at the end, the adapter with a model card
-below `out`. The same command again goes on where a stopped run was.
+for the network; of much data make a cache first (diffalign cache), and give cache=. An on-policy objective
+(dragon) is given prompts= and scorers=, and draws its own pictures. The run writes checkpoints,
+metrics.jsonl, TensorBoard logs and, at the end, the adapter with a model card below `out`. The same command
+again goes on where a stopped run was.
 
 Examples:
     diffalign train model=sdxl model.path=stabilityai/stable-diffusion-xl-base-1.0 data=pickapic
@@ -28,24 +29,27 @@ from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import AdapterSpec
 from diffalign.stages import _folder
-from diffalign.stages._examples import GivenPictures, OwnPictures
+from diffalign.stages._examples import CachedPictures, GivenPictures, OwnPictures
 from diffalign.training.specs import (
     CheckpointSpec,
+    EmaSpec,
     OptimizerSpec,
     ReferenceSpec,
     RolloutSpec,
     SampleSpec,
     Settings,
+    StopRule,
     ValidationSpec,
 )
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from diffalign.data.cache import EncodedSet
+    from diffalign.data.encoded import Encoded
     from diffalign.models._base import Model
     from diffalign.objectives._base import Objective, OnPolicyObjective
     from diffalign.stages._examples import Examples
+    from diffalign.training.feed import Feed
     from diffalign.training.watch import Watch
 
 
@@ -54,6 +58,7 @@ def train(
     model: Annotated[Any, One("models")],
     out: str,
     data: Annotated[Any, One("data.sources")] = None,
+    cache: str | None = None,
     objective: Annotated[Any, One("objectives")] = "diffusion_dpo",
     prompts: str | list[str] | None = None,
     scorers: Annotated[dict[str, Any] | None, Many("scorers")] = None,
@@ -67,6 +72,10 @@ def train(
     checkpoint: CheckpointSpec = CheckpointSpec(),  # noqa: B008
     reference: ReferenceSpec = ReferenceSpec(),  # noqa: B008
     rollout: RolloutSpec = RolloutSpec(),  # noqa: B008
+    ema: EmaSpec = EmaSpec(),  # noqa: B008
+    stop_when: dict[str, StopRule] | None = None,
+    trackers: list[str] = ["tensorboard"],  # noqa: B006  # it is only read
+    compile: bool = False,
     num_steps: int = 1000,
     accumulation: int = 1,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -80,19 +89,29 @@ def train(
         model: the base.
         out: folder of the run.
         data: preferences; for all objectives but those that draw their own pictures (dragon).
+        cache: instead of data, what `diffalign cache` made of it: nothing is encoded, memory stays flat.
         objective: what is minimised.
-        prompts: what an on-policy objective draws: a text, a list of texts, or a file of prompts.
+        prompts: what an on-policy objective draws: a text, a list of texts, a file of prompts, or the name of
+            a published set, as in `generate`.
         scorers: the one scorer that rewards an on-policy objective's pictures.
         adapter: what is trained.
         preprocess: how pictures are fitted to the network.
         loader: how examples are drawn.
         timesteps: distribution of the training timesteps.
-        optimizer: AdamW and its learning rate.
+        optimizer: kind of optimizer and its learning rate.
         validation: held-out accuracy while training.
         samples: pictures while training.
         checkpoint: how often the run is kept.
         reference: what the policy is held against.
         rollout: how an on-policy objective draws.
+        ema: a moving average of the weights: held-out accuracy and samples are measured on it, `adapter` is
+            the average, and `adapter_last` the weights of the last step.
+        stop_when: numbers of metrics.jsonl that end the run, each {above or below: x, rows: how many one
+            after another}: `stop_when={saturated: {above: 0.5, rows: 3}}`; of numbers further down by their
+            path: `implicit_accuracy/estimate`.
+        trackers: where the numbers go beside metrics.jsonl: tensorboard, wandb, trackio, comet_ml, aim,
+            mlflow, clearml, dvclive, swanlab; each is set up by its own environment variables.
+        compile: compile the network's repeated blocks with torch.compile; each shape costs minutes once.
         num_steps: optimizer steps.
         accumulation: micro-batches of `loader.batch_size` groups in one optimizer step.
         precision: of the forward and backward pass; errors and losses are float32 in any case.
@@ -109,8 +128,11 @@ def train(
     finished = _folder.finished(Path(out), recipe)
     if finished is not None:
         return finished
-    examples = _examples_of(objective, settings, data, prompts, scorers)
-    return _train(model, examples, objective, settings, recipe, Path(out))
+    examples = _examples_of(objective, settings, data, cache, prompts, scorers)
+    from diffalign.training.ranks import lost_process_told  # imports torch
+
+    with lost_process_told():
+        return _train(model, examples, objective, settings, recipe, Path(out))
 
 
 def _train(
@@ -125,11 +147,15 @@ def _train(
     from diffalign.common import manifest, progress
     from diffalign.training import loop
     from diffalign.training.card import model_card
+    from diffalign.training.metrics import check_trackers
+    from diffalign.training.optimizers import check_optimizer
     from diffalign.training.setup import accelerator_for
 
     accelerator = accelerator_for(settings.precision)
     if not accelerator.is_main_process:
         progress.silence()
+    check_optimizer(settings.optimizer)
+    check_trackers(settings.trackers)
     accelerator.wait_for_everyone()  # all have looked at the folder before one of them locks it
     model: Model = spec.load(str(accelerator.device))
     base = model.fingerprint()
@@ -137,11 +163,13 @@ def _train(
     model.check_training(settings.adapter)
     feed, heldout = examples.prepare(model, accelerator)
     inputs = examples.inputs()
+    if settings.reference.store is not None:
+        feed = _with_store(feed, objective, settings, base, recipe, inputs)
     watch = _set_up(model, objective, settings, heldout, folder, accelerator)
     with _claimed(folder, accelerator) as is_main:
         identity = _folder.claim(folder, recipe, base, settings.adapter.init, inputs, write=is_main)
         accelerator.wait_for_everyone()
-        run = loop.Run(model, objective, feed, folder, identity, accelerator, settings, watch)
+        run = loop.Run(model, objective, feed, folder, identity, accelerator, settings, watch, recipe)
         summary = loop.fit(run)
         counts, dropped = examples.counts()
         if is_main:
@@ -158,6 +186,32 @@ def _train(
             )
         accelerator.wait_for_everyone()
     return summary
+
+
+def _with_store(
+    feed: Feed,
+    objective: Objective,
+    settings: Settings,
+    base: str,
+    recipe: dict[str, Any],
+    inputs: dict[str, Path | str],
+) -> Feed:
+    """The feed, whose draws know the reference's errors of earlier runs."""
+    from diffalign.common import manifest
+    from diffalign.training.stored import ReferenceStore, StoredReference
+
+    assert settings.reference.store is not None
+    init = {} if settings.adapter.init is None else {"adapter.init": settings.adapter.init}
+    keys = ("model", "preprocess", "timesteps", "precision", "compile", "seed")
+    decides = {
+        "base": base,
+        "inputs": manifest.identities(inputs),
+        "adapter.init": manifest.identities(init),
+        "caption_dropout": settings.loader.caption_dropout,
+        "posterior": settings.loader.posterior,
+        **{key: recipe[key] for key in keys},
+    }
+    return StoredReference(feed, ReferenceStore(settings.reference.store, decides), objective.noise)
 
 
 @contextmanager
@@ -186,10 +240,11 @@ def _check_objective(objective: Objective, settings: Settings) -> None:
             f"validation.share={settings.validation.share:g} needs given pairs, objective={name} trains on "
             f"{what} images: set validation.share=0"
         )
-    if settings.reference.mode != "frozen" and not objective.uses_reference:
-        raise UserError(
-            f"reference.mode={settings.reference.mode}: objective={name} has no reference; leave it out"
-        )
+    for key, value in (("mode", settings.reference.mode), ("store", settings.reference.store)):
+        if value not in (None, "frozen") and not objective.uses_reference:
+            raise UserError(f"reference.{key}={value}: objective={name} has no reference; leave it out")
+    if settings.reference.store is not None and on_policy:
+        raise UserError(f"reference.store: objective={name} draws its own pictures; leave it out")
     if settings.reference.mode != "frozen" and settings.validation.share > 0.0:
         raise UserError(
             f"reference.mode={settings.reference.mode}: held-out accuracy needs the reference of step 0; set "
@@ -198,15 +253,24 @@ def _check_objective(objective: Objective, settings: Settings) -> None:
 
 
 def _examples_of(
-    objective: Objective, settings: Settings, data: Any, prompts: str | list[str] | None, scorers: Any
+    objective: Objective,
+    settings: Settings,
+    data: Any,
+    cache: str | None,
+    prompts: str | list[str] | None,
+    scorers: Any,
 ) -> Examples:
     """Given pictures, or the policy's own; refuses the keys of the other kind."""
     if _is_on_policy(objective):
-        _refuse_given(objective, data=data)
+        _refuse_given(objective, data=data, cache=cache)
         return OwnPictures(objective, settings, prompts, scorers)
     rollout = None if settings.rollout == RolloutSpec() else settings.rollout
     _refuse_given(objective, prompts=prompts, scorers=scorers, rollout=rollout)
-    return GivenPictures(objective, settings, data)
+    if cache is None:
+        return GivenPictures(objective, settings, data)
+    if data is not None:
+        raise UserError("data and cache are both set: a cache holds its data, leave data out")
+    return CachedPictures(objective, settings, cache)
 
 
 def _is_on_policy(objective: Objective) -> TypeGuard[OnPolicyObjective]:
@@ -227,7 +291,7 @@ def _set_up(
     model: Model,
     objective: Objective,
     settings: Settings,
-    heldout: EncodedSet | None,
+    heldout: Encoded | None,
     folder: Path,
     accelerator: Accelerator,
 ) -> Watch:
@@ -243,4 +307,6 @@ def _set_up(
         with_reference=objective.uses_reference or heldout is not None,
         moving_reference=settings.reference.mode != "frozen",
     )
+    if settings.compile:
+        model.compile_blocks()
     return Watch(settings, heldout, embedded, folder, accelerator)

@@ -29,7 +29,8 @@ class Checkpoint:
         step: optimizer steps done.
         position: micro-batches consumed.
         trained: the tensors that training changes.
-        state: optimizer, gradient scaler, objective, feed, moving reference and counters.
+        state: optimizer, moving average, stop rules, gradient scaler, objective, feed, moving reference and
+            counters.
     """
 
     step: int

@@ -31,21 +31,22 @@ from diffalign.common.progress import Progress, say
 from diffalign.data.batches import Batch
 from diffalign.diffusion.likelihood import Draws
 from diffalign.models._base import Model
-from diffalign.objectives._base import Objective, Output
+from diffalign.objectives._base import Objective
 from diffalign.training import checkpoint as checkpoints
+from diffalign.training.checks import finite_sum, step_zero
+from diffalign.training.compiled import Graphs
+from diffalign.training.ema import Average
 from diffalign.training.feed import Feed
 from diffalign.training.health import Health
 from diffalign.training.metrics import MetricsLog
+from diffalign.training.optimizers import learning_rate, make_optimizer
 from diffalign.training.ranks import Ranks
-from diffalign.training.specs import OptimizerSpec, Settings
+from diffalign.training.specs import Settings
+from diffalign.training.stop import StopRules
 from diffalign.training.watch import Watch
 
 MAX_SKIPS_IN_A_ROW = 25
 """fp16's loss scale may halve 16 times before the first step fits; more means that the weights are lost."""
-
-
-class NonFiniteLoss(UserError):
-    """A loss that is NaN or infinite; raised before the weights are touched."""
 
 
 @dataclass
@@ -61,6 +62,10 @@ class Run:
         accelerator: device, precision and gradient scaling.
         settings: how it is trained.
         watch: held-out accuracy and sample pictures.
+        recipe: what a tracker writes down beside the numbers.
+
+    Attributes:
+        average: of the trained weights; `fit` makes it.
     """
 
     model: Model
@@ -71,6 +76,8 @@ class Run:
     accelerator: Accelerator
     settings: Settings
     watch: Watch
+    recipe: dict[str, Any] = field(default_factory=dict)
+    average: Average = field(init=False)
 
     @property
     def ranks(self) -> Ranks:
@@ -82,12 +89,16 @@ class Run:
 class _State:
     """What changes while the loop runs."""
 
-    adamw: Any
+    optimizer: Any
     parameters: list[torch.nn.Parameter]
     health: Health
+    rules: StopRules
+    graphs: Graphs = field(default_factory=Graphs)
     step: int = 0
     saved: int = 0
     position: int = 0
+    accumulation: int = 1
+    step_zero: dict[str, float] | None = None
     counters: dict[str, int] = field(
         default_factory=lambda: {
             "skipped_steps": 0,
@@ -121,24 +132,25 @@ def fit(run: Run) -> dict[str, Any]:
         UserError: the checkpoint is of another run, or gradients stay non-finite.
     """
     state = _start(run)
-    with closing(MetricsLog(run.out, resume_step=state.step, writes=run.ranks.is_main)) as log:
+    with closing(_metrics_log(run, state)) as log:
         if state.step == 0 and run.ranks.is_main:
-            run.watch.look(run.model, 0, log)
+            run.watch.look(run.model, 0, log, run.average.in_place)
         _steps(run, state, log)
     if state.counters["empty_steps"] == state.step > 0:
         raise UserError(f"all {state.step} steps taught nothing: {run.feed.why_empty}")
-    return {"steps": state.step, **state.totals(), **run.watch.summary()}
+    stopped = {} if state.rules.reason is None else {"stopped": state.rules.reason}
+    return {"steps": state.step, **state.totals(), **run.watch.summary(), **stopped}
 
 
 def _steps(run: Run, state: _State, log: MetricsLog) -> None:
     """All steps that are left."""
     settings, ranks, incoming = run.settings, run.ranks, _micro_batches(run, state.position)
     with StopRequest() as stop, Progress("train", settings.num_steps, "steps", initial=state.step) as bar:
-        stopping = False
-        while state.step < settings.num_steps and not stopping:
+        stopping, ended = False, state.rules.reason is not None
+        while state.step < settings.num_steps and not (stopping or ended):
             torch.manual_seed(seed_of(settings.seed, "step", state.step, ranks.index))
             rate = learning_rate(settings.optimizer, state.step, settings.num_steps)
-            _set_learning_rate(state.adamw, rate)
+            _set_learning_rate(state.optimizer, rate)
             loss, speed = _timed_step(run, state, incoming, log)
             bar.update(1, loss=loss, **{f"{run.objective.unit}s/s": speed})
             last = state.step == settings.num_steps
@@ -146,9 +158,13 @@ def _steps(run: Run, state: _State, log: MetricsLog) -> None:
             # What is not logged with a checkpoint, a resumed run cannot know.
             if state.step % settings.log_every == 0 or keep:
                 _log(run, state, log)
-            if ranks.is_main:
-                run.watch.look(run.model, state.step, log, last=last)
-            if keep:
+            _look(run, state, log, last=last)
+            ended = bool(settings.stop_when) and ranks.any(state.rules.reason is not None)
+            if ended and not last:
+                _log(run, state, log)
+                _look(run, state, log, last=True)
+                say(f"stopped: {state.rules.reason}")
+            if keep or ended:
                 _save(run, state)
             stopping = ranks.any(stop.requested)  # all at the same step, whoever was asked first
         if stopping and state.step > state.saved:
@@ -161,42 +177,50 @@ def _steps(run: Run, state: _State, log: MetricsLog) -> None:
         raise Interrupted(signal.SIGTERM)
 
 
-def learning_rate(spec: OptimizerSpec, step: int, num_steps: int) -> float:
-    """The learning rate of optimizer step `step` (0-based): pure, so that resuming needs no schedule state.
+def _metrics_log(run: Run, state: _State) -> MetricsLog:
+    return MetricsLog(
+        run.out,
+        resume_step=state.step,
+        writes=run.ranks.is_main,
+        trackers=run.settings.trackers,
+        recipe=run.recipe,
+        rules=state.rules,
+    )
 
-    Linear warm-up reaches `lr` at step `warmup_steps`; then constant, or down to 0 at `num_steps`.
-    """
-    if step < spec.warmup_steps:
-        return spec.lr * (step + 1) / (spec.warmup_steps + 1)
-    progress = (step - spec.warmup_steps) / max(1, num_steps - spec.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return spec.lr * factor[spec.schedule]
+
+def _look(run: Run, state: _State, log: MetricsLog, *, last: bool) -> None:
+    """Measures what is due, on the averaged weights where there are some."""
+    if run.ranks.is_main:
+        run.watch.look(run.model, state.step, log, run.average.in_place, last=last)
 
 
 def _start(run: Run) -> _State:
     """Optimizer and counters, as new or as the newest checkpoint left them."""
     parameters = run.model.denoiser.trainable_parameters()
-    spec = run.settings.optimizer
-    adamw = torch.optim.AdamW(
-        parameters,
-        lr=spec.lr,
-        betas=(spec.betas[0], spec.betas[1]),
-        eps=spec.eps,
-        weight_decay=spec.weight_decay,
-    )
+    settings = run.settings
+    run.average = Average(settings.ema, parameters)
+    optimizer = make_optimizer(settings.optimizer, parameters)
     state = _State(
-        run.accelerator.prepare_optimizer(adamw), parameters, Health(run.model.process.num_timesteps)
+        run.accelerator.prepare_optimizer(optimizer),
+        parameters,
+        Health(run.model.process.num_timesteps),
+        StopRules(settings.stop_when or {}),
     )
-    adamw.zero_grad()  # a run that failed in this very process may have left half a step
+    optimizer.zero_grad()  # a run that failed in this very process may have left half a step
     if run.ranks.is_main:
         checkpoints.tidy(run.out)
     run.ranks.wait()
     found = checkpoints.load_latest(run.out, identity=run.identity)
     _refuse_disagreement(run, 0 if found is None else found.step)
     if found is None:
+        state.accumulation = settings.accumulation
         return state
+    # A step is as large as before, however many processes share it now.
+    state.accumulation = run.ranks.part_of(found.position // found.step)
     run.model.load_trained_state(found.trained)
-    state.adamw.load_state_dict(found.state["optimizer"])
+    state.optimizer.load_state_dict(found.state["optimizer"])
+    run.average.load_state_dict(found.state["average"])
+    state.rules.load_state_dict(found.state["rules"])
     run.objective.load_state_dict(found.state["objective"])
     run.feed.load_state_dict(found.state["feed"])
     run.model.load_reference_state(found.state["reference"])
@@ -220,6 +244,9 @@ def _refuse_disagreement(run: Run, step: int) -> None:
 
 
 def _save(run: Run, state: _State) -> None:
+    if state.saved == 0:
+        for line in state.rules.unseen():
+            say(line)
     state.saved = state.step
     feed = run.feed.state_dict()  # asked of every process: what it holds may be spread over them
     if not run.ranks.is_main:
@@ -230,7 +257,9 @@ def _save(run: Run, state: _State) -> None:
         position=state.position,
         trained=run.model.trained_state(),
         state={
-            "optimizer": state.adamw.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "average": run.average.state_dict(),
+            "rules": state.rules.state_dict(),
             "objective": run.objective.state_dict(),
             "feed": feed,
             "reference": run.model.reference_state(),
@@ -254,8 +283,8 @@ def _timed_step(
 ) -> tuple[float, float]:
     """One optimizer step; returns its mean loss and the groups a second, waiting for data included."""
     started = time.perf_counter()
-    micro = [item for _ in range(run.settings.accumulation) for item in next(incoming)]
-    state.position += run.settings.accumulation * run.ranks.count
+    micro = [item for _ in range(state.accumulation) for item in next(incoming)]
+    state.position += state.accumulation * run.ranks.count
     for row in run.feed.news():
         log.write("rollout", state.step + 1, row)
     num_groups = run.ranks.total(sum(batch.num_groups for batch, _ in micro))
@@ -264,6 +293,9 @@ def _timed_step(
         raise UserError(f"{MAX_SKIPS_IN_A_ROW + 1} steps in a row taught nothing: {run.feed.why_empty}")
     state.step += 1
     _update_reference(run, state.step)
+    run.average.move(state.step)
+    for line in state.graphs.news() if run.settings.compile else ():
+        say(line)
     return loss, num_groups / (time.perf_counter() - started)
 
 
@@ -273,19 +305,22 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]], n
     with run.accelerator.autocast():
         shared = objective.prepare(denoiser, micro, ranks.gather)
     total, failure = 0.0, None
+    logs: list[dict[str, torch.Tensor]] = []
     for index, (batch, draws) in enumerate(micro):
         with run.accelerator.autocast():
             output = objective.compute(denoiser, batch, draws, shared)
         try:
-            total += _finite_sum(output.loss, batch, draws, state.step)
-        except NonFiniteLoss as error:
+            total += finite_sum(output.loss, batch, draws, state.step)
+            if state.step == index == 0:
+                state.step_zero = step_zero(objective, output, run.settings)
+        except UserError as error:
             failure = error
             break
         objective.backward(output, 1.0 / num_groups, run.accelerator.backward)
         state.health.add(output.loss, output.logs)
-        if state.step == index == 0:
-            _say_step_zero(objective, output)
+        logs.append(output.logs)
     ranks.fail_together(failure)
+    objective.observe(logs, ranks.gather)
     if run.accelerator.scaler is not None and not micro:  # it must have seen a loss before it can unscale
         run.accelerator.scaler.scale(torch.zeros((), device=run.accelerator.device))
     ranks.sum_gradients(state.parameters)
@@ -301,36 +336,12 @@ def _update_reference(run: Run, step: int) -> None:
         run.model.move_reference(spec.decay if spec.mode == "ema" else 0.0)
 
 
-def _say_step_zero(objective: Objective, output: Output) -> None:
-    expected = objective.loss_at_reference(output)
-    if expected is None:
-        return
-    largest = float(output.logs["margin"].abs().max())
-    loss = float(output.loss.detach().mean())
-    say(f"step 0: loss {loss:.6f} ({expected:.6f} expected), largest |logit| {largest:.3g} (0 expected)")
-
-
-def _finite_sum(loss: torch.Tensor, batch: Batch, draws: Draws, step: int) -> float:
-    loss = loss.detach()
-    total = float(loss.sum())
-    if math.isfinite(total):
-        return total
-    t = draws.t[torch.cumsum(batch.counts, 0) - 1].tolist()
-    bad = [
-        f"{name} (t={t[row]})" for row, name in enumerate(batch.ids) if not math.isfinite(float(loss[row]))
-    ]
-    raise NonFiniteLoss(
-        f"the loss at step {step} is not finite for {', '.join(bad)}: look at these rows, lower "
-        "optimizer.lr, or use precision=bf16 or fp32; the weights were not touched"
-    )
-
-
 def _step_unless_non_finite(run: Run, state: _State, norm: float) -> None:
     finite = math.isfinite(norm)
     # fp16: a step with overflown gradients must still reach the scaler, which skips it and lowers its scale.
     if finite or run.accelerator.scaler is not None:
-        state.adamw.step()
-    state.adamw.zero_grad()
+        state.optimizer.step()
+    state.optimizer.zero_grad()
     if finite:
         state.health.add_grad_norm(norm)
     if state.count("skipped", happened=not finite):
@@ -340,8 +351,8 @@ def _step_unless_non_finite(run: Run, state: _State, norm: float) -> None:
         )
 
 
-def _set_learning_rate(adamw: Any, lr: float) -> None:
-    for group in adamw.param_groups:
+def _set_learning_rate(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
         group["lr"] = lr
 
 
@@ -351,17 +362,23 @@ def _log(run: Run, state: _State, log: MetricsLog) -> None:
     if not report:
         return
     rate = learning_rate(run.settings.optimizer, state.step - 1, run.settings.num_steps)
-    row = {**report, "lr": rate, **state.totals()}
-    log.write("train", state.step, row)
+    first = {} if state.step_zero is None else {"step_0": state.step_zero}
+    state.step_zero = None
+    log.write("train", state.step, {**report, "lr": rate, **state.totals(), **first})
 
 
 def finish(run: Run, card: str) -> Path:
     """Writes what was trained to `<out>/adapter`, whole or not at all, with its card; returns the folder.
 
-    For the first process alone.
+    With a moving average that is the average; the weights of the last step are in `<out>/adapter_last`,
+    without the card, whose numbers are the average's. For the first process alone, after `fit`.
     """
+    if run.settings.ema.decay > 0.0:
+        with files.atomic_path(run.out / "adapter_last") as temporary:
+            temporary.mkdir()
+            run.model.save_adapter(str(temporary))
     folder = run.out / "adapter"
-    with files.atomic_path(folder) as temporary:
+    with run.average.in_place(), files.atomic_path(folder) as temporary:
         temporary.mkdir()
         run.model.save_adapter(str(temporary))
         files.write_text(temporary / "README.md", card)

@@ -13,22 +13,38 @@ from diffalign.models._spec import AdapterSpec
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "comet_ml",
+    "aim",
+    "mlflow",
+    "clearml",
+    "dvclive",
+    "swanlab",
+)
+"""Those that accelerate knows."""
 
 
 @dataclass
 class OptimizerSpec:
-    """AdamW and its learning rate.
+    """The optimizer and its learning rate.
 
     Args:
+        kind: "adamw"; "adamw8bit": with moments of a quarter of the size (needs bitsandbytes); "adafactor":
+            no first moment, and two vectors in the place of a matrix's second.
         lr: peak learning rate.
-        betas: decay of the first and second moment.
+        betas: decay of the first and second moment; not of adafactor.
         weight_decay: decoupled, times lr a step.
-        eps: added to the root of the second moment.
+        eps: added to the root of the second moment; not of adafactor.
         schedule: after warm-up "constant", "linear" to 0 or "cosine" to 0.
         warmup_steps: optimizer steps of linear warm-up from 0.
         max_grad_norm: gradients are scaled down to this global norm; 0: never.
     """
 
+    kind: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     lr: float = 1e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.01
@@ -38,6 +54,8 @@ class OptimizerSpec:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.kind not in OPTIMIZERS:
+            raise unknown("optimizer.kind", self.kind, OPTIMIZERS)
         if not 0 < self.lr < math.inf:
             raise UserError(f"optimizer.lr is {self.lr}: use a value above 0")
         for key, value in (
@@ -53,6 +71,75 @@ class OptimizerSpec:
             raise unknown("optimizer.schedule", self.schedule, SCHEDULES)
         if self.warmup_steps < 0:
             raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}: use 0 or more")
+        if self.kind == "adafactor":
+            plain = OptimizerSpec()
+            for name in ("betas", "eps"):
+                if getattr(self, name) != getattr(plain, name):
+                    raise UserError(
+                        f"optimizer.{name} means nothing in optimizer.kind=adafactor: leave it out"
+                    )
+
+
+@dataclass
+class EmaSpec:
+    """A moving average of the trained weights; if there is one, it is what is watched and saved.
+
+    Args:
+        decay: how much of the old average stays at a move, once it has warmed up; 0: no average.
+        every: optimizer steps between two moves.
+        start: optimizer steps before averaging begins; until then the average is the weights themselves.
+    """
+
+    decay: float = 0.0
+    every: int = 1
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0:
+            raise UserError(f"ema.decay is {self.decay}: use a value in [0, 1)")
+        if self.decay == 0.0:
+            for name in ("every", "start"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UserError(
+                        f"ema.{name} means nothing without ema.decay: set it, e.g. ema.decay=0.999"
+                    )
+        if self.every < 1:
+            raise UserError(f"ema.every is {self.every}: use 1 or more")
+        if self.start < 0:
+            raise UserError(f"ema.start is {self.start}: use 0 or more")
+
+
+@dataclass
+class StopRule:
+    """When a number of metrics.jsonl ends the run.
+
+    Args:
+        above: rows count in which the number is larger than this; give it or `below`.
+        below: rows count in which the number is smaller than this.
+        rows: so many of them one after another end the run.
+    """
+
+    above: float | None = None
+    below: float | None = None
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.above is None) == (self.below is None):
+            raise UserError(
+                f"stop_when: above={self.above} and below={self.below}: give one of them, e.g. "
+                "stop_when={saturated: {above: 0.5, rows: 3}}"
+            )
+        if self.rows < 1:
+            raise UserError(f"stop_when: rows is {self.rows}: use 1 or more")
+
+    def holds(self, value: float) -> bool:
+        """Whether a row with this number counts; NaN does not."""
+        return value > self.above if self.above is not None else value < (self.below or 0.0)
+
+    def __str__(self) -> str:
+        """Such as "above 0.5 for 3 rows"."""
+        side = f"below {self.below:g}" if self.above is None else f"above {self.above:g}"
+        return f"{side} for {self.rows} row{'s' if self.rows > 1 else ''}"
 
 
 @dataclass
@@ -129,13 +216,19 @@ class ReferenceSpec:
             it was at the last multiple of `every`.
         every: optimizer steps between two moves.
         decay: of the moving average: how much of the old reference stays at a move.
+        store: a folder that keeps the errors of a frozen reference, for all runs of a sweep over beta, the
+            learning rate or the objective: with the same base, data, batches, timesteps and seed they are
+            computed once, and each later run saves a forward pass.
     """
 
     mode: Literal["frozen", "ema", "refresh"] = "frozen"
     every: int = 1
     decay: float = 0.99
+    store: str | None = None
 
     def __post_init__(self) -> None:
+        if self.store is not None and self.mode != "frozen":
+            raise UserError(f"reference.store keeps errors of a frozen reference, not of mode={self.mode}")
         if self.mode not in ("frozen", "ema", "refresh"):
             raise unknown("reference.mode", self.mode, ("frozen", "ema", "refresh"))
         for name in {"frozen": ("every", "decay"), "refresh": ("decay",)}.get(self.mode, ()):
@@ -188,6 +281,10 @@ class Settings:
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     reference: ReferenceSpec = field(default_factory=ReferenceSpec)
     rollout: RolloutSpec = field(default_factory=RolloutSpec)
+    ema: EmaSpec = field(default_factory=EmaSpec)
+    stop_when: dict[str, StopRule] | None = None
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    compile: bool = False
     num_steps: int = 1000
     accumulation: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -202,3 +299,6 @@ class Settings:
                 raise UserError(f"{name}={value}: use 1 or more")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise unknown("tracker", name, TRACKERS)

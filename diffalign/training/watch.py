@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from PIL import Image
 from diffalign.common import files
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.progress import say
-from diffalign.data.cache import EncodedSet
+from diffalign.data.encoded import Encoded
 from diffalign.models._base import Model, NonFinitePicture
 from diffalign.training.implicit import accuracy, judge
 from diffalign.training.metrics import MetricsLog
@@ -33,18 +35,37 @@ class Watch:
     """
 
     settings: Settings
-    heldout: EncodedSet | None
+    heldout: Encoded | None
     embedded: tuple[Conditioning, Conditioning] | None
     out: Path
     accelerator: Accelerator
     _last: dict[str, Any] = field(default_factory=dict)
+    _measured: int = 0
+    _drawn: int = -1
 
-    def look(self, model: Model, step: int, log: MetricsLog, *, last: bool = False) -> None:
-        """Measures whatever is due at `step`."""
-        if self.heldout is not None and (step % self.settings.validation.every == 0 or last) and step > 0:
-            self._validate(model, step, log)
-        if self.embedded is not None and (step % self.settings.samples.every == 0 or last):
-            self._draw(model, step)
+    def look(
+        self,
+        model: Model,
+        step: int,
+        log: MetricsLog,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Measures what is due at `step` and not done yet, on the weights that `weights` puts in place."""
+        spec = self.settings
+        measures = self.heldout is not None and (step % spec.validation.every == 0 or last)
+        draws = self.embedded is not None and (step % spec.samples.every == 0 or last)
+        measures, draws = measures and step > self._measured, draws and step > self._drawn
+        if not (measures or draws):
+            return
+        with weights():
+            if measures:
+                self._measured = step
+                self._validate(model, step, log)
+            if draws:
+                self._drawn = step
+                self._draw(model, step)
 
     def summary(self) -> dict[str, Any]:
         """The last held-out accuracy, if any."""

@@ -116,7 +116,7 @@ def test_the_card_shows_how_to_load_the_adapter(finished: Path, tiny_sdxl: str, 
     scope: dict[str, Any] = {}
     exec(source.replace('"a prompt"', '"a prompt", num_inference_steps=1'), scope)
     assert scope["image"].size == (32, 32)
-    assert card.startswith(f"---\nbase_model: {tiny_sdxl}\nlibrary_name: diffusers\n")
+    assert card.startswith("---\nlibrary_name: diffusers\n")  # the hub refuses a base_model that is a path
     assert "beta: 5000.0" in card and "steps: 4" in card
 
 
@@ -195,6 +195,14 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
         ("model.vae=/nowhere", "model.vae /nowhere does not exist"),
         ("model=sd", "use model=sdxl"),
         ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm is -1.0"),
+        ("optimizer.kind=adafactr", "expected one of adamw, adamw8bit, adafactor, found 'adafactr'"),
+        ("optimizer.kind=adafactor optimizer.eps=1e-6", "optimizer.eps means nothing in optimizer.kind=ada"),
+        ("ema.decay=1", "ema.decay is 1.0: use a value in [0, 1)"),
+        ("trackers=[wandbb]", "unknown tracker 'wandbb': did you mean 'wandb'"),
+        ("trackers=[dvclive]", "trackers: dvclive is not installed: pip install dvclive"),
+        ('stop_when={"saturated":{"abov":0.5}}', "unknown key 'abov'"),
+        ('stop_when={"saturated":{"rows":3}}', "above=None and below=None: give one of them"),
+        ("stop_when=saturated", "stop_when"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
@@ -241,6 +249,30 @@ def test_sft_trains_the_whole_network_too(tiny_sdxl: str, pairs: Path, tmp_path:
     assert "UNet2DConditionModel" in (tmp_path / "out" / "adapter" / "README.md").read_text()
 
 
+def test_a_run_that_a_rule_ends_is_finished_and_says_why(
+    tiny_sdxl: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a moving average: the adapter is the average, the weights of the last step lie beside it."""
+    out = tmp_path / "out"
+    ended = words(tiny_sdxl, pairs, out, "stop_when={loss: {above: 0}}", "ema.decay=0.9", "trackers=[]")
+    assert cli.main(ended) == 0
+    reason = "loss above 0 for 1 row at step 2"
+    assert f"stopped: {reason}" in capsys.readouterr().err
+    summary = json.loads((out / "manifest.json").read_text())["summary"]
+    assert summary["steps"] == 2 and summary["stopped"] == reason
+    assert reason in (out / "adapter" / "README.md").read_text()
+    assert not (out / "tensorboard").exists() and not (out / "adapter_last" / "README.md").exists()
+    average, last = (
+        load_file(out / name / "pytorch_lora_weights.safetensors") for name in ("adapter", "adapter_last")
+    )
+    assert average.keys() == last.keys()
+    assert any(not torch.equal(average[name], last[name]) for name in last)
+    assert cli.main([*ended, "trackers=[tensorboard]"]) == 0
+    said = capsys.readouterr().err
+    assert f"finished after 2 steps (stopped: {reason}); nothing to do" in said
+    assert "stop_when" in refused(capsys, words(tiny_sdxl, pairs, out, "ema.decay=0.9"))
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """The command in a process group of its own, as a terminal would start it."""
     return subprocess.Popen(
@@ -283,7 +315,7 @@ def test_a_signal_saves_and_leaves(
 def test_settings_are_the_keys_of_train() -> None:
     """Same names and defaults: the command line and a run set up in Python mean the same."""
     signature = inspect.signature(train).parameters
-    components = {"model", "data", "objective", "prompts", "scorers", "out"}
+    components = {"model", "data", "cache", "objective", "prompts", "scorers", "out"}
     assert {field.name for field in fields(Settings)} == set(signature) - components
     plain = Settings()
     assert all(getattr(plain, name) == signature[name].default for name in set(signature) - components)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet, Example
+from diffalign.data.encoded import EncodedSet, Example
 from diffalign.diffusion.denoiser import Denoiser, FrozenCopy
 from diffalign.diffusion.likelihood import denoising_terms
 from diffalign.diffusion.process import Process, expand

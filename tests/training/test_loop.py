@@ -15,7 +15,7 @@ from torch import Tensor
 from diffalign.common import files
 from diffalign.common.errors import Interrupted, UserError
 from diffalign.data.batches import Batch
-from diffalign.data.cache import EncodedSet
+from diffalign.data.encoded import EncodedSet
 from diffalign.data.specs import LoaderSpec
 from diffalign.diffusion.likelihood import Draws
 from diffalign.models._spec import AdapterSpec
@@ -24,6 +24,7 @@ from diffalign.objectives._base import Output
 from diffalign.objectives.diffusion_dpo import Plugin as DPO
 from diffalign.training import loop
 from diffalign.training.checkpoint import Checkpoint, load_latest
+from diffalign.training.checks import NonFiniteLoss
 from diffalign.training.specs import OptimizerSpec, ReferenceSpec, SampleSpec, ValidationSpec
 from tests.tiny_training import make_run, make_set
 
@@ -178,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(
     broken = EncodedSet(train_set.examples, means, *_rest(train_set))
     run = make_run(model, broken, tmp_path, loader=LoaderSpec(batch_size=7), accumulation=2)
     before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
-    with pytest.raises(loop.NonFiniteLoss) as error:
+    with pytest.raises(NonFiniteLoss) as error:
         loop.fit(run)
     found = str(error.value)
     assert (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from diffalign.common.errors import UserError
-from diffalign.training.loop import learning_rate
+from diffalign.training.optimizers import learning_rate
 from diffalign.training.specs import CheckpointSpec, OptimizerSpec, ReferenceSpec, SampleSpec, ValidationSpec
 
 
