@@ -10,18 +10,29 @@ import yaml
 from diffalign import cli
 from diffalign.common.config import load_recipe
 from diffalign.common.plugins import names
+from diffalign.stages.check import check
 from diffalign.stages.score import score
 from diffalign.stages.train import train
 
 FOLDER = Path(__file__).parent.parent / "configs"
 EVERYTHING = sorted(FOLDER.glob("*.yaml"))
-CONFIGS = [path for path in EVERYTHING if "steps" not in yaml.safe_load(path.read_text(encoding="utf-8"))]
+CHECKS = [
+    path for path in EVERYTHING if f"diffalign check --config configs/{path.name}" in path.read_text("utf-8")
+]
+CACHES = [
+    path
+    for path in EVERYTHING
+    if f"diffalign cache --config configs/{path.name}" in path.read_text("utf-8")
+    and "\ncache:" not in path.read_text("utf-8")
+]
+SINGLE = [path for path in EVERYTHING if "steps" not in yaml.safe_load(path.read_text(encoding="utf-8"))]
+CONFIGS = [path for path in SINGLE if path not in (*CHECKS, *CACHES)]
 SCORERS = sorted((FOLDER / "scorers").glob("*.yaml"))
-OF_SEVERAL = [path for path in EVERYTHING if path not in CONFIGS]
+OF_SEVERAL = [path for path in EVERYTHING if path not in SINGLE]
 
 
 def test_there_are_recipes() -> None:
-    assert len(CONFIGS) >= 3
+    assert len(CONFIGS) >= 3 and len(CHECKS) >= 3 and len(CACHES) >= 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -50,12 +61,42 @@ def test_recipe_of_a_scorer_resolves_and_keeps_what_the_file_says(path: Path) ->
             assert resolved[key] == value, key
 
 
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def test_recipe_of_a_check_resolves_and_keeps_what_the_file_says(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "Verification level" in text
+    recipe = load_recipe(check, str(path), ["data=pickapic", "data.path=a/b", "data.split=train", "out=OUT"])
+    resolved = _flat(recipe.resolved)
+    for key, value in _flat(yaml.safe_load(text)).items():
+        assert resolved[key] == ("a/b" if key == "data.path" else value), key
+    assert recipe.resolved["dedup"] != "none" or recipe.resolved["split"]  # it does something
+
+
+@pytest.mark.parametrize("path", CACHES, ids=lambda path: path.stem)
+def test_recipe_of_a_cache_resolves_and_keeps_what_the_file_says(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = path.read_text(encoding="utf-8").split("model:\n")[0]
+    for said in ("Disk:", "Memory:", "Time:", "Verification level"):
+        assert said in header, said
+    assert cli.main(["cache", "--config", str(path), "--dry-run", "out=OUT"]) == 0
+    resolved = _flat(yaml.safe_load(capsys.readouterr().out))
+    for key, value in _flat(yaml.safe_load(path.read_text(encoding="utf-8"))).items():
+        assert resolved[key] == value, key
+
+
 @pytest.mark.parametrize("path", OF_SEVERAL, ids=lambda path: path.stem)
 def test_recipe_of_several_verbs_resolves(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--config", str(path), "--dry-run", "prompts=a cat"]) == 0
     assert capsys.readouterr().out.count("# step") >= 3
     header = path.read_text(encoding="utf-8")
     assert f"diffalign --config configs/{path.name}" in header and "Verification level" in header
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipe_passes_the_dry_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", str(path), "--dry-run", "out=runs/test"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["out"] == "runs/test"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
