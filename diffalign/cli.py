@@ -22,14 +22,17 @@ from types import FrameType
 from typing import Any
 
 from diffalign.common.errors import Interrupted, UserError, nearest, unknown
+from diffalign.common.files import printable
 
 VERBS = {
     "check": "diffalign.stages.check:check",
     "generate": "diffalign.stages.generate:generate",
     "score": "diffalign.stages.score:score",
     "pair": "diffalign.stages.pair:pair",
+    "cache": "diffalign.stages.cache:cache",
     "train": "diffalign.stages.train:train",
     "evaluate": "diffalign.stages.evaluate:evaluate",
+    "export": "diffalign.stages.export:export",
     "demo": "diffalign.demo:demo",
 }
 """Verb -> "module:function"; the module is imported when the verb is used."""
@@ -39,10 +42,15 @@ SUMMARIES = {
     "generate": "draw pictures: prompts x seeds x models",
     "score": "score pictures",
     "pair": "turn scored pictures into preferences",
+    "cache": "encode preferences once, onto disk",
     "train": "align a model with preferences; writes an adapter",
     "evaluate": "compare pictures, or judge held-out preferences",
+    "export": "write an adapter for other programs, or merged into its base",
     "demo": "walk through all of it with an embedded tiny model",
 }
+
+FIRST_PROCESS_ONLY = ("check", "pair", "evaluate", "export", "demo")
+"""Verbs that do not share their work: of several processes the first does it."""
 
 OPTIONS = {
     "--config FILE": "read keys from a YAML file; key=value words are stronger",
@@ -136,14 +144,31 @@ def _run(command: _Command) -> int:
     if command.dry_run:
         print(recipe.as_yaml(), end="")
         return 0
-    function(**recipe.arguments)
+    _do(command.verb, function, recipe.arguments)
     return 0
+
+
+def _do(verb: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Runs a stage in this process, or leaves it to the first one."""
+    from diffalign.stages import _shares
+
+    if verb not in FIRST_PROCESS_ONLY:
+        function(**arguments)
+        return
+    with _shares.first_of_all() as works:
+        if works:
+            function(**arguments)
+        else:
+            print(f"{verb} does not share its work: the first process does it", file=sys.stderr)
 
 
 def _run_steps(command: _Command) -> int:
     """Runs a recipe of several verbs."""
     from diffalign.common import recipes
+    from diffalign.stages import _shares
 
+    if not _shares.my_share().alone:
+        raise UserError("a recipe of several verbs runs in one process: start its verbs one after another")
     stages = {verb: lambda verb=verb: _stage(verb)[0] for verb in VERBS}
     assert command.config is not None
     steps = recipes.load_steps(command.config, command.overrides, stages)
@@ -161,6 +186,8 @@ def _parse(words: Sequence[str]) -> _Command:
     command = _Command()
     rest = iter(words)
     for word in rest:
+        if printable(word) != word:
+            raise UserError(f"{printable(word)} is not UTF-8: rename the file or folder")
         name, equals, value = word.partition("=")
         if word in ("--help", "-h"):
             command.help = True

@@ -40,7 +40,7 @@ SHARED = {
     "limit",
 }
 """The keys shared by all verbs; the list is frozen, recipes depend on it."""
-SHARED_BY_SOME = {"batch_size", "device", "precision", "preprocess"}
+SHARED_BY_SOME = {"batch_size", "device", "dtype", "format", "precision", "preprocess", "run"}
 """Further keys of two verbs or more, with one meaning."""
 
 STAGE = '''
@@ -138,6 +138,7 @@ def test_dry_run_prints_the_recipe_and_does_nothing(walk: Path, capsys: pytest.C
             ["walk", "--out=park"],
             "unknown option '--out=park': keys are written without dashes, as key=value",
         ),
+        (["walk", "out=caf\udce9"], "out=caf\\udce9 is not UTF-8: rename the file or folder"),
         (["walk", "--config"], "--config needs a file: --config recipe.yaml"),
         (["walk", "--config", "none.yaml"], "--config none.yaml cannot be read: No such file or directory"),
         (["walk", "out=park", "mode=refuse"], "the dog is asleep: wake it"),

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffalign.training.loop import Run
 
 PRELOADED = (
     "tests.two_processes",
@@ -52,10 +57,14 @@ class Ended:
         return [line for line in self.said.splitlines() if line.startswith("error: ")]
 
 
-def two_processes(arguments: Sequence[str], folder: Path, **environment: str) -> list[Ended]:
+def two_processes(
+    arguments: Sequence[str], folder: Path, *, count: int = 2, **environment: str
+) -> list[Ended]:
     """Runs `diffalign ARGUMENTS` as process 0 and 1 of 2, with the tests' own scorers at hand.
 
-    `environment` is set in both. Each leaves what it has trained in `folder` as `rank-N.safetensors`.
+    `environment` is set in both: FLOAT64=1 trains in float64; FAULT="1 3 inf" makes the third backward pass
+    of process 1 leave an infinite gradient, FAULT="1 3 kill" kills it then. Each leaves what it has trained
+    in `folder` as `rank-N.safetensors`. `count` of 1: one process in place of the two.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -63,10 +72,10 @@ def two_processes(arguments: Sequence[str], folder: Path, **environment: str) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    logs = [folder / f"rank-{rank}.txt" for rank in (0, 1)]
+    logs = [folder / f"rank-{rank}.txt" for rank in range(count)]
     processes = [
-        context.Process(target=_run, args=(rank, port, list(arguments), folder, environment))
-        for rank in (0, 1)
+        context.Process(target=_run, args=(rank, count, port, list(arguments), folder, environment))
+        for rank in range(count)
     ]
     for process in processes:
         process.start()
@@ -82,30 +91,51 @@ def two_processes(arguments: Sequence[str], folder: Path, **environment: str) ->
     ]
 
 
-def _run(rank: int, port: int, arguments: list[str], folder: Path, environment: Mapping[str, str]) -> None:
-    """What each of the two does."""
+def _run(
+    rank: int, count: int, port: int, arguments: list[str], folder: Path, environment: Mapping[str, str]
+) -> None:
+    """What each of them does."""
     with open(folder / f"rank-{rank}.txt", "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()})
+    if count > 1:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update({name: str(value) for name, value in {**told, "MASTER_PORT": port}.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", **environment})
 
     import torch
-    from safetensors.torch import save_file
 
     import diffalign.scorers
     from diffalign import cli
     from diffalign.training import loop
+    from scripts.double_precision import in_float64, keep
 
     torch.set_num_threads(1)
     diffalign.scorers.__path__.append(str(PLUGINS))
     fit = loop.fit
 
-    def fit_and_keep(run: loop.Run) -> dict[str, object]:
+    def fit_and_keep(run: Run) -> dict[str, Any]:
+        if "FLOAT64" in environment:
+            in_float64(run)
+        process, number, what = environment.get("FAULT", "-1 0 none").split()
+        if int(process) == rank:
+            fail_at(run, int(number), what)
         summary = fit(run)
-        state = {name: tensor.contiguous() for name, tensor in run.model.trained_state().items()}
-        save_file(state, folder / f"rank-{rank}.safetensors")
+        keep(run, folder / f"rank-{rank}.safetensors")
         return summary
 
     loop.fit = fit_and_keep
     sys.exit(cli.main(arguments))
+
+
+def fail_at(run: Run, number: int, what: str) -> None:
+    """Makes the `number`-th backward pass of a run leave an infinite gradient ("inf"), or end it ("kill")."""
+    backward, passes = run.objective.backward, iter(range(1, number + 1))
+
+    def once(*arguments: Any) -> None:
+        backward(*arguments)
+        if next(passes, None) == number:
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            run.model.denoiser.trainable_parameters()[0].grad.fill_(float("inf"))
+
+    run.objective.backward = once

@@ -162,8 +162,19 @@ def read_jsonl(path: str | Path, *, drop_torn_tail: bool = False) -> list[dict[s
             raise UserError(f"{path}:{number}: not a valid JSON line ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        if rb"\ud" in line.lower():
+            _refuse_half_characters(row, f"{path}:{number}")
         rows.append(row)
     return rows
+
+
+def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
+    """Raises UserError for a text with one half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end].encode("ascii", "backslashreplace").decode("ascii")
+        raise UserError(f"{where}: a text holds half a character ({half}): write its file anew") from error
 
 
 def file_identity(path: str | Path, *, whole_up_to: int = FULL_HASH_LIMIT) -> dict[str, Any]:
@@ -253,6 +264,11 @@ def _lock(descriptor: int, folder: str | Path, *, shared: bool = False, wait: bo
         raise UserError(
             f"another run is writing to {folder}: wait for it, stop it, or choose another out="
         ) from error
+
+
+def printable(name: str) -> str:
+    """Returns a file's name as text that any file and terminal takes: bytes that are no UTF-8 as \\udc9f."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def to_plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.common import files, manifest
+from diffalign.common.config import filled_recipe
 from diffalign.common.errors import UserError, brief
 from diffalign.stages._shares import Share
 
@@ -47,9 +49,10 @@ def earlier_run(folder: Path, stage: str) -> dict[str, Any] | None:
     for name in (manifest.FILE_NAME, RECIPE):
         if (folder / name).is_file():
             found = files.read_json(folder / name)
-            if found is None or found.get("stage") != stage:
-                theirs = (found or {}).get("stage")
-                raise UserError(f"out={folder} holds the output of '{theirs}': choose another folder")
+            theirs = found.get("stage") if isinstance(found, dict) else None
+            if theirs != stage:
+                what = f"the output of '{theirs}'" if theirs else f"a {name} that is none of ours"
+                raise UserError(f"out={folder} holds {what}: choose another folder")
     return found
 
 
@@ -100,7 +103,7 @@ def claim_folder(
         refuse_other_run(folder, stage, same)  # again: it may have changed before the lock was ours
         if same is None:
             manifest.withdraw_manifest(folder)
-        if same is None or not (folder / RECIPE).is_file():
+        if same is None or _replaceable(earlier_run(folder, stage)):
             files.write_json(folder / RECIPE, {"stage": stage, "decides": same, "recipe": recipe})
         try:
             yield folder
@@ -117,12 +120,22 @@ def refuse_other_run(folder: Path, stage: str, same: Mapping[str, Any] | None) -
         UserError: it holds the output of another stage or recipe; says which setting differs.
     """
     found = earlier_run(folder, stage)
-    if found is None or same is None:
+    if found is None or same is None or _replaceable(found):
         return
-    before = found.get("decides") or {}
-    if manifest.recipe_identity(before) != manifest.recipe_identity(same):
-        changed = _difference(before, files.to_plain(same))
+    changed = _difference(*(_filled(stage, each) for each in (found.get("decides") or {}, same)))
+    if changed is not None:
         raise UserError(f"out={folder} holds a run of another recipe ({changed}): choose another folder")
+
+
+def _replaceable(found: Mapping[str, Any] | None) -> bool:
+    """Whether a folder holds nothing, or what a stage writes anew each time, such as a report."""
+    return found is None or found.get("decides", {}) is None
+
+
+def _filled(stage: str, decides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides a run, keys that were not there yet when it began having their defaults."""
+    function = getattr(importlib.import_module(f"diffalign.stages.{stage}"), stage)
+    return filled_recipe(function, files.to_plain(decides))
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -132,22 +145,27 @@ def refuse_unfinished(folder: Path) -> None:
         UserError: the stage that writes it was stopped, or is still at work.
     """
     if (folder / RECIPE).is_file() and not (folder / manifest.FILE_NAME).is_file():
-        stage = files.read_json(folder / RECIPE).get("stage")
-        raise UserError(f"{folder} is not complete: repeat the '{stage}' that writes it, to its end")
+        said = files.read_json(folder / RECIPE)
+        if isinstance(said, dict) and said.get("stage"):
+            raise UserError(
+                f"{folder} is not complete: repeat the '{said['stage']}' that writes it, to its end"
+            )
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns the first key whose values differ, with both values, in words."""
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Returns the first key whose values differ, with both values, in words; None where none does."""
     for key in [*now, *before]:
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if {"sha256", "tail_sha256"} & {*old, *new}:  # of a file: numbers that tell nobody anything
-                return f"{key} changed"
-            return f"{key}.{_difference(old, new)}"
-        return f"{key} was {_brief(old)}, now {_brief(new)}"
-    return "nothing differs"
+        if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+            return f"{key} was {_brief(old)}, now {_brief(new)}"
+        if {"sha256", "tail_sha256"} & {*old, *new}:  # of a file: numbers that tell nobody anything
+            return f"{key} changed"
+        inner = _difference(old, new)
+        if inner is not None:
+            return f"{key}.{inner}"
+    return None
 
 
 def _brief(value: Any) -> str:

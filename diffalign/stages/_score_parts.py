@@ -1,8 +1,7 @@
-"""Rows on their way to scores.jsonl: each process appends to a part of its own, the last one joins them."""
+"""The rows of scores.jsonl: whether they are complete, still true, and how they are joined."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.stages._image_rows import Row
-from diffalign.stages._shares import Share
+from diffalign.stages._parts import rows_so_far
 
 ROWS = "scores.jsonl"
-PARTS = "parts"
 
 
 def finished_rows(folder: Path) -> list[Row] | None:
@@ -21,20 +19,6 @@ def finished_rows(folder: Path) -> list[Row] | None:
     if manifest.read_manifest(folder) is None:
         return None
     return files.read_jsonl(folder / ROWS)
-
-
-def own_part(folder: Path, share: Share) -> Path:
-    """Returns the file that this process appends to, without a torn last line."""
-    path = folder / PARTS / f"{share.name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    files.trim_torn_tail(path)
-    return path
-
-
-def rows_so_far(folder: Path) -> dict[str, Row]:
-    """Returns id -> row of all parts, those of other processes and of earlier runs too."""
-    parts = sorted((folder / PARTS).glob("*.jsonl"))
-    return {str(row["id"]): row for part in parts for row in files.read_jsonl(part, drop_torn_tail=True)}
 
 
 def refuse_changed(out: str, done: Sequence[Row], folder: Path) -> None:
@@ -65,8 +49,3 @@ def join_parts(folder: Path, ids: Sequence[str]) -> list[Row] | None:
     rows: list[dict[str, Any]] = [found[name] for name in ids]
     files.write_jsonl(folder / ROWS, rows)
     return rows
-
-
-def remove_parts(folder: Path) -> None:
-    """Removes the parts of a folder whose scores.jsonl is complete."""
-    shutil.rmtree(folder / PARTS, ignore_errors=True)

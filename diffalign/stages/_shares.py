@@ -6,14 +6,26 @@ takes every n-th part of the work and writes a file of its own; the last one to 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from diffalign.common.errors import UserError
 
 Item = TypeVar("Item")
+
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""What a launcher tells each process of the others."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +60,19 @@ def my_share() -> Share:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UserError(f"RANK={index} WORLD_SIZE={count}: give whole numbers, RANK from 0 to WORLD_SIZE - 1")
     return Share(int(index), int(count))
+
+
+@contextlib.contextmanager
+def first_of_all() -> Iterator[bool]:
+    """For work that is not shared: yields whether this is the process that does it, as if it were alone.
+
+    Inside the block the first process knows of no other, so that nothing in it waits for one.
+    """
+    share = my_share()
+    hidden = {} if share.alone else {name: os.environ[name] for name in LAUNCHED if name in os.environ}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield share.index == 0
+    finally:
+        os.environ.update(hidden)

@@ -2,7 +2,8 @@
 
 Writes OUT/images/*.png and one row a picture to OUT/images.jsonl. The same command again goes on where a
 killed run stopped, and draws pictures that were removed. The noise a picture starts from depends on its
-prompt and seed alone, so runs with different adapters are comparable picture by picture.
+prompt and seed alone, so runs with different adapters are comparable picture by picture. Several processes
+(torchrun, or RANK and WORLD_SIZE) and machines that see OUT share the batches.
 
 Examples:
     diffalign generate model=sdxl model.path=stabilityai/stable-diffusion-xl-base-1.0 \\
@@ -12,11 +13,12 @@ Examples:
     diffalign generate model=sdxl model.path=sdxl prompts="[a cat, a dog]" out=inked \\
         adapters="{dpo: {path: runs/dpo/adapter}, ink: {path: ink, weight: 0.6}}" \\
         scheduler=DPMSolverMultistepScheduler num_inference_steps=20
+    torchrun --nproc_per_node 8 -m diffalign generate model=sdxl model.path=sdxl prompts=prompts.txt out=base
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +28,7 @@ from diffalign.common.errors import UserError
 
 if TYPE_CHECKING:
     from diffalign.data.prompts import Prompt
+    from diffalign.stages._shares import Share
 
 ROWS = "images.jsonl"
 PICTURES = "images"
@@ -86,7 +89,8 @@ def generate(
 
     Args:
         model: the base model.
-        prompts: a text, a list of texts, or a file: .txt (one a line), .tsv, .csv, .jsonl, .json.
+        prompts: a text, a list of texts, a file (.txt, one a line; .tsv, .csv, .jsonl, .json), or a published
+            set: parti, hpsv2, geneval, t2i_compbench, imagereward ([parti] is the word itself).
         out: folder for the pictures, images.jsonl and the manifest.
         column: of the prompts' file; by default the one called prompt, caption or text.
         limit: use the first so many prompts only.
@@ -100,35 +104,41 @@ def generate(
         height: of the pictures in pixels; null: the base's own.
         width: of the pictures in pixels; null: the base's own.
         scheduler: class name of a diffusers scheduler; null: the base's own.
-        batch_size: pictures drawn at a time.
+        batch_size: pictures drawn at a time; a process takes whole batches.
         device: auto | cpu | cuda | cuda:1 ...
 
     Raises:
         UserError: bad prompts, model, adapter or settings, or `out` holds something else.
     """
     from diffalign.common import manifest
-    from diffalign.common.progress import say
+    from diffalign.common.progress import say, silence
     from diffalign.data.prompts import load_prompts
-    from diffalign.stages import _run
+    from diffalign.stages import _parts, _run, _shares
 
     recipe = resolved_recipe(generate, locals())
     uses = _adapter_uses(adapter, adapter_weight, adapters)
     seeds = [0] if seeds is None else list(seeds)
     _check_settings(seeds, scheduler, guidance_scale, num_inference_steps, batch_size)
+    share = _shares.my_share()
+    if share.index > 0:
+        silence()
     asked = load_prompts(prompts, column=column, limit=limit)
     spec = make_one("models", model)
     loaded = _load(spec, uses, recipe)
     same = _deciding(recipe, asked, seeds, loaded, uses)
     jobs = [Job(prompt, seed, f"{PICTURES}/{prompt.id}-s{seed}.png") for prompt in asked for seed in seeds]
-    with _run.claim_folder(out, stage="generate", recipe=recipe, same=same) as folder:
+    with _run.claim_folder(out, stage="generate", recipe=recipe, same=same, share=share) as folder:
         settings = {name: recipe[name] for name in SETTINGS}
-        found = _draw(loaded, jobs, folder, settings, {"model": _model_label(spec.path, uses)}, batch_size)
+        labels = {"model": _model_label(spec.path, uses)}
+        found = _draw(loaded, jobs, folder, settings, labels, batch_size, share)
         if found == len(jobs) and manifest.read_manifest(folder) is not None:
+            _parts.remove_parts(folder)  # a kill may have come just before
             say(f"{folder} is complete: {found} pictures, nothing to do")
-        else:
-            counts = {"prompts": len(asked), "seeds": len(seeds), "pictures": len(jobs), "found": found}
-            inputs = _inputs(spec, uses, prompts)
-            manifest.write_manifest(folder, stage="generate", recipe=recipe, inputs=inputs, counts=counts)
+            return folder / ROWS
+        counts = {"prompts": len(asked), "seeds": len(seeds), "pictures": len(jobs)}
+        if share.alone:  # else others have drawn since
+            counts["found"] = found
+        _finish(folder, jobs, recipe, _inputs(spec, uses, prompts), counts, share)
         return folder / ROWS
 
 
@@ -177,15 +187,31 @@ def _draw(
     settings: dict[str, Any],
     labels: dict[str, Any],
     batch_size: int,
+    share: Share,
 ) -> int:
-    """Draws the pictures that are not there yet, each with its row; returns how many were there."""
-    from diffalign.common import files
+    """Draws what is not there yet of this process's share; returns how many pictures of all were there.
+
+    A batch with one missing picture is drawn whole: a picture's last bits depend on its batch. So batches are
+    cut at the same places always, whatever is there and however many processes there are.
+    """
+    from diffalign.common import files, manifest
     from diffalign.common.progress import Progress
+    from diffalign.stages import _parts
 
     done = _finished_rows(folder, jobs)
-    model.say_too_long(list(dict.fromkeys(job.prompt.text for job in jobs if job.image not in done)))
-    with Progress("generate", len(jobs), "pictures", initial=len(done)) as progress:
-        for batch in _batches(jobs, batch_size, done):
+    if len(done) == len(jobs):
+        return len(done)
+    manifest.withdraw_manifest(folder)
+    (folder / PICTURES).mkdir(exist_ok=True)
+    part = _parts.own_part(folder, share)
+    batches = share.of([jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)])
+    own = [job for batch in batches for job in batch]
+    model.say_too_long(list(dict.fromkeys(job.prompt.text for job in own if job.image not in done)))
+    there = sum(job.image in done for job in own)
+    with Progress("generate", len(own), "pictures", initial=there) as progress:
+        for batch in batches:
+            if all(job.image in done for job in batch):
+                continue
             texts, seeds = [job.prompt.text for job in batch], [job.seed for job in batch]
             pictures = model.generate(texts, seeds, **settings)
             fresh = [pair for pair in zip(batch, pictures, strict=True) if pair[0].image not in done]
@@ -193,7 +219,7 @@ def _draw(
                 with files.atomic_path(folder / job.image) as temporary:
                     picture.save(temporary, format="PNG")
             rows = [_row(job, picture, {**settings, **labels}) for job, picture in fresh]
-            files.append_jsonl(folder / ROWS, rows)
+            files.append_jsonl(part, rows)
             progress.update(len(fresh))
     return len(done)
 
@@ -261,35 +287,41 @@ def _model_label(path: str, uses: dict[str, AdapterUse]) -> str:
     return " + ".join(parts)
 
 
-def _finished_rows(folder: Path, jobs: list[Job]) -> set[str]:
-    """Returns the pictures that are there with their rows; rows without a picture leave the file."""
-    from diffalign.common import files, manifest
+def _finished_rows(folder: Path, jobs: Iterable[Job]) -> dict[str, dict[str, Any]]:
+    """Returns image -> row of the pictures that are there with their rows, in the order of the jobs."""
+    from diffalign.common import files
+    from diffalign.stages import _parts
 
     path = folder / ROWS
-    files.trim_torn_tail(path)
-    (folder / PICTURES).mkdir(exist_ok=True)
-    files.remove_leftovers(folder / PICTURES)
-    rows = files.read_jsonl(path) if path.exists() else []
-    wanted = {job.image for job in jobs}
-    kept = {
-        row["image"]: row for row in rows if row.get("image") in wanted and (folder / row["image"]).is_file()
-    }
-    if len(kept) < len(jobs):
-        manifest.withdraw_manifest(folder)
-    if len(kept) < len(rows):
-        files.write_jsonl(path, kept.values())
-    return set(kept)
+    joined = files.read_jsonl(path, drop_torn_tail=True) if path.exists() else []
+    rows = {row.get("image"): row for row in [*joined, *_parts.rows_so_far(folder).values()]}
+    there = [job.image for job in jobs if job.image in rows and (folder / job.image).is_file()]
+    return {image: rows[image] for image in there}
 
 
-def _batches(jobs: list[Job], size: int, done: set[str]) -> Iterator[list[Job]]:
-    """Yields the batches in which a picture is missing, always cut at the same places.
+def _finish(
+    folder: Path,
+    jobs: list[Job],
+    recipe: dict[str, Any],
+    inputs: dict[str, Path | str],
+    counts: dict[str, Any],
+    share: Share,
+) -> None:
+    """Joins the parts and completes the folder, in the process that is the last to come here."""
+    from diffalign.common import files, manifest
+    from diffalign.common.progress import say
+    from diffalign.stages import _parts
 
-    A batch with one missing picture is drawn whole: a picture's last bits depend on its batch.
-    """
-    for start in range(0, len(jobs), size):
-        batch = jobs[start : start + size]
-        if any(job.image not in done for job in batch):
-            yield batch
+    with files.waiting_lock(folder, "join"):
+        rows = _finished_rows(folder, jobs)
+        if len(rows) < len(jobs):
+            say(f"generate: share {share.index + 1} of {share.count} is done; the last to finish joins them")
+            return
+        if manifest.read_manifest(folder) is None:  # else another process was later, and has done it
+            files.write_jsonl(folder / ROWS, rows.values())
+            manifest.write_manifest(folder, stage="generate", recipe=recipe, inputs=inputs, counts=counts)
+        _parts.remove_parts(folder)
+        files.remove_leftovers(folder / PICTURES)
 
 
 def _row(job: Job, picture: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -146,8 +146,9 @@ def _scored(
 ) -> list[Row] | None:
     """Scores this process's share; returns all rows in the process that is to report, else None."""
     from diffalign.common.progress import say
+    from diffalign.stages._parts import remove_parts
     from diffalign.stages._score_cache import ScoreCache
-    from diffalign.stages._score_parts import finished_rows, refuse_changed, remove_parts
+    from diffalign.stages._score_parts import finished_rows, refuse_changed
 
     scored = finished_rows(folder)
     if scored is not None:
@@ -183,19 +184,20 @@ def _score_share(
     """Scores what is missing of this process's share, appending to its part of the rows."""
     from diffalign.common import files
     from diffalign.common.progress import Progress, say
-    from diffalign.stages import _score_parts
+    from diffalign.stages import _parts
     from diffalign.stages._image_rows import relative_to
+    from diffalign.stages._score_parts import refuse_changed
     from diffalign.stages._scoring import groups_of, score_batches
 
-    part = _score_parts.own_part(folder, share)
-    done = _score_parts.rows_so_far(folder)
+    part = _parts.own_part(folder, share)
+    done = _parts.rows_so_far(folder)
     together = any(scorer.relative for scorer in ready.values())
     # Of a group that a kill has torn, every picture is scored again: values hold within the whole group only.
     own = share.of(list(groups_of(rows).values()) if together else [[row] for row in rows])
     left = [group for group in own if any(str(row["id"]) not in done for row in group)]
     missing, count = [row for group in left for row in group], sum(map(len, own))
     mine = [done[str(row["id"])] for group in own for row in group if str(row["id"]) in done]
-    _score_parts.refuse_changed(str(folder), mine, folder)
+    refuse_changed(str(folder), mine, folder)
     options = {"batch_size": recipe["batch_size"], "workers": recipe["workers"], "cache": cache}
     with Progress("score", count, "pictures", initial=count - len(missing)) as progress:
         for batch in score_batches(missing, source, ready, **options):
@@ -210,7 +212,7 @@ def _finish(
 ) -> list[Row] | None:
     """Joins the parts and completes the folder; returns its rows, None while other processes are at work."""
     from diffalign.common import files, manifest
-    from diffalign.stages import _score_parts
+    from diffalign.stages import _parts, _score_parts
     from diffalign.stages._score_report import summary_of
 
     with files.waiting_lock(folder, "join"):
@@ -234,7 +236,7 @@ def _finish(
             dropped={f"{name} NaN": ids for name, ids in failed.items() if ids},
             extra={"scorers": {name: {"scale": s.scale, "version": s.version} for name, s in ready.items()}},
         )
-        _score_parts.remove_parts(folder)
+        _parts.remove_parts(folder)
     return scored
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,32 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from diffalign.common.errors import UserError
+from diffalign.common.errors import UserError, brief
 
 
 def launched() -> int:
     """How many processes this run was started with, before any of them talks (torchrun says so)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def lost_process_told() -> Iterator[None]:
+    """Tells in a line what the libraries raise in one process when another one has gone without a word.
+
+    Raises:
+        UserError: in place of their errors; all others pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        gloo = "/gloo/" in str(error)  # raises plain RuntimeErrors that name its source file
+        if not (gloo or isinstance(error, torch.distributed.DistError)):
+            raise
+        cause = "" if gloo else f" ({brief(error)})"
+        raise UserError(
+            f"another process of this run has gone{cause}: see what it said last; the same command goes on "
+            "from the last checkpoint"
+        ) from error
 
 
 BUCKET_ELEMENTS = 2**25
@@ -81,6 +102,20 @@ class Ranks:
     def wait(self) -> None:
         """Returns when all processes have come here."""
         self.accelerator.wait_for_everyone()
+
+    def part_of(self, step: int) -> int:
+        """How many of the `step` micro-batches of an optimizer step each process takes.
+
+        Raises:
+            UserError: they cannot be shared evenly.
+        """
+        if step % self.count:
+            fitting = [str(n) for n in range(1, step + 1) if step % n == 0]
+            raise UserError(
+                f"the run takes {step} micro-batches a step, which {self.count} processes cannot share "
+                f"evenly: go on with {' or '.join(fitting)}"
+            )
+        return step // self.count
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces every gradient by the sum over processes; one that is missing counts as 0."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from diffalign.common.errors import UserError
 from diffalign.training.ranks import launched
@@ -17,13 +18,23 @@ PATIENCE = timedelta(hours=12)
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
+SPLITTERS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+"""How `accelerate launch` asks for weights that are split between processes."""
+
 
 def accelerator_for(precision: str) -> Accelerator:
     """An accelerator on the best device there is, computing in `precision` ("fp32", "bf16" or "fp16").
 
     Raises:
-        UserError: fp16 without a GPU, or processes that were started together and do not find one another.
+        UserError: fp16 without a GPU, processes that were started together and do not find one another, or a
+            launcher that asks for split weights.
     """
+    _refuse_splitters()
     # accelerate keeps one precision a process; several runs in one (a test, a sweep) may want different ones.
     AcceleratorState._reset_state()
     accelerator = _accelerator("no")
@@ -38,10 +49,25 @@ def accelerator_for(precision: str) -> Accelerator:
     return _accelerator(MIXED_PRECISION[precision])
 
 
+def _refuse_splitters() -> None:
+    """Raises UserError where every process would hold all weights though the launcher asks for a part."""
+    for variable, name in SPLITTERS.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"{name} was asked for ({variable}), but here each process holds the whole network and its "
+                "reference: start with torchrun, or accelerate launch --multi_gpu; to save memory use "
+                "adapter.kind=lora, model.dtype=bf16, model.gradient_checkpointing=true"
+            )
+
+
 def _accelerator(mixed_precision: str) -> Accelerator:
-    """Without a GPU accelerate joins the processes of torchrun only when it is told to use the CPU."""
+    """What the recipe says holds, not what a launcher was configured with (precision, accumulation).
+
+    Without a GPU accelerate joins the processes of torchrun only when it is told to use the CPU.
+    """
     return Accelerator(
         cpu=launched() > 1 and not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop divides by itself
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )

@@ -189,3 +189,13 @@ def test_lock_stops_a_second_run_and_dies_with_the_first(tmp_path: Path) -> None
 def test_json_of_a_row_is_one_line(tmp_path: Path) -> None:
     files.append_jsonl(tmp_path / "a", [{"t": "\n"}])
     assert json.loads((tmp_path / "a").read_text().splitlines()[0]) == {"t": "\n"}
+
+
+def test_half_a_character_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    """JSON spells one half of a surrogate pair, UTF-8 has none; both halves together are one character."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a \\ud83d\\ude00"}\n{"prompt": "\\\\ud800"}\n')
+    assert [row["prompt"] for row in files.read_jsonl(path)] == ["a \U0001f600", "\\ud800"]
+    path.write_text('{"prompt": "a cat"}\n{"meta": ["\\uD800"]}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: a text holds half a character \(\\ud800\)"):
+        files.read_jsonl(path)

@@ -76,6 +76,89 @@ def test_a_report_that_is_replaced_has_no_manifest_meanwhile(tmp_path: Path) -> 
         assert manifest.read_manifest(tmp_path) is None
 
 
+def stripped(folder: Path, *path: str) -> None:
+    """Takes a key out of what decides the run in a folder: it began before the key was there."""
+    said = files.read_json(folder / "recipe.json")
+    inner = said["decides"]
+    for name in path[:-1]:
+        inner = inner[name]
+    del inner[path[-1]]
+    files.write_json(folder / "recipe.json", said)
+
+
+@pytest.mark.parametrize(
+    ("path", "now", "message"),
+    [
+        (("limit",), {"limit": None}, None),
+        (("group",), {"group": False}, None),
+        (("group",), {"group": True}, r"\(group was False, now True\)"),
+        (("scorers", "jpeg", "quality"), {}, None),
+        (
+            ("scorers", "jpeg", "quality"),
+            {"scorers": {"jpeg": {"quality": 90}}},
+            r"\(scorers\.jpeg\.quality was 95, now 90\)",
+        ),
+        (
+            ("scorers", "jpeg"),
+            {"scorers": {"jpeg": {}}},
+            r"\(scorers\.jpeg was not given, now {'",
+        ),
+        (("scorers",), {"scorers": {"jpeg": {}}}, r"\(scorers was not given, now {'jpeg'"),
+        (("strange",), {"strange": 1}, r"\(strange was not given, now 1\)"),
+    ],
+)
+def test_a_key_that_is_new_since_had_its_default(
+    path: tuple[str, ...], now: dict[str, object], message: str | None, tmp_path: Path
+) -> None:
+    same = {
+        "scorers": {"jpeg": {"quality": 95}},
+        "limit": None,
+        "group": False,
+        "strange": 1,
+        "batch_size": 4,
+    }
+    with claim_folder(tmp_path, stage="score", recipe={}, same=same):
+        pass
+    stripped(tmp_path, *path)
+    asked = claim_folder(tmp_path, stage="score", recipe={}, same={**same, **now})
+    if message is None:
+        with asked:
+            pass
+        return
+    with pytest.raises(UserError, match=f"another recipe {message}"), asked:
+        raise AssertionError("the folder was given away")
+
+
+def test_a_key_that_is_gone_is_named(tmp_path: Path) -> None:
+    with claim_folder(
+        tmp_path, stage="score", recipe={}, same={"colour": "red", "scorers": {"gone": {"x": 1}}}
+    ):
+        pass
+    message = r"another recipe \(colour was red, now not given\)"
+    with (
+        pytest.raises(UserError, match=message),
+        claim_folder(tmp_path, stage="score", recipe={}, same={"scorers": {"gone": {"x": 1}}}),
+    ):
+        raise AssertionError("the folder was given away")
+
+
+def test_a_run_that_decides_its_rows_takes_the_folder_of_a_report(tmp_path: Path) -> None:
+    with claim_folder(tmp_path, stage="check", recipe={}):
+        pass
+    with claim_folder(tmp_path, stage="check", recipe={}, same={"dedup": "exact"}):
+        pass
+    assert files.read_json(tmp_path / "recipe.json")["decides"] == {"dedup": "exact"}
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "manifest.json"])
+@pytest.mark.parametrize("text", ["[]", "null", '{"name": "my web app"}'])
+def test_somebody_elses_file_of_that_name(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"holds a {name} that is none of ours: choose another folder"):
+        earlier_run(tmp_path, "score")
+    refuse_unfinished(tmp_path)
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file: give a folder"):

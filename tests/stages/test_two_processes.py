@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 import diffalign.scorers
 from diffalign import cli
 from diffalign.common import draws, files
+from diffalign.training import loop
+from scripts.double_precision import in_float64, keep
 from tests.pickapic_files import jpeg, row, write
 from tests.tiny_clip import write_open_clip
 from tests.two_processes import PLUGINS, two_processes
@@ -65,14 +67,18 @@ def torchrun(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def both_succeed(arguments: list[str], folder: Path) -> None:
+def both_succeed(arguments: list[str], folder: Path, **environment: str) -> None:
     """Two forked processes that end well, with the same weights."""
-    for rank, ended in enumerate(two_processes(arguments, folder)):
+    for rank, ended in enumerate(two_processes(arguments, folder, **environment)):
         assert ended.code == 0, f"process {rank}: {ended.said[-3000:]}"
     first, second = (load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("step-*"))
 
 
 def trained(out: Path) -> dict[str, torch.Tensor]:
@@ -121,6 +127,80 @@ def test_given_pictures(objective: str, tiny_sdxl: str, pairs: Path, tmp_path: P
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
     names = sorted(path.name for path in (tmp_path / "two").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "one").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_in_float64_two_processes_are_one_to_rounding(
+    kind: str, tiny_sdxl: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 steps of 2 x 4 pairs and of 1 x 8; errors and losses follow the network's precision."""
+
+    def words(name: str, batch_size: int) -> list[str]:
+        given = ["data=pickapic", f"data.path={pairs}", "objective.beta=2000", f"adapter.kind={kind}"]
+        kept = [word for word in common(tiny_sdxl, tmp_path / name, batch_size) if "adapter" not in word]
+        return [*kept, *given, "num_steps=20", "checkpoint.every=20", "optimizer.lr=1e-4"]
+
+    fit, started = loop.fit, tmp_path / "start.safetensors"
+
+    def fit_in_float64(run: loop.Run) -> dict[str, Any]:
+        in_float64(run)
+        keep(run, started)
+        summary = fit(run)
+        keep(run, tmp_path / "one.safetensors")
+        return summary
+
+    monkeypatch.setattr(loop, "fit", fit_in_float64)
+    assert cli.main(words("one", 8)) == 0
+    both_succeed(words("two", 4), tmp_path / "kept", FLOAT64="1")
+    one, two = tmp_path / "one.safetensors", tmp_path / "kept" / "rank-0.safetensors"
+    assert {tensor.dtype for tensor in load_file(two).values()} == {torch.float64}
+    assert distance(one, two, started) <= 1e-9
+
+
+def test_a_run_of_two_goes_on_as_one_and_back_in_steps_of_one_size(
+    tiny_sdxl: str, pairs: Path, tmp_path: Path
+) -> None:
+    """Stopped by a kill after steps 2 and 4: whoever goes on takes the micro-batches of both."""
+
+    def words(name: str) -> list[str]:
+        given = ["data=pickapic", f"data.path={pairs}", "objective.beta=2000", "num_steps=6"]
+        return [*common(tiny_sdxl, tmp_path / name, 2), *given, "checkpoint.every=1"]
+
+    both_succeed(words("whole"), tmp_path / "kept-whole")
+    two_processes(words("parts"), tmp_path / "kept-1", FAULT="0 3 kill")
+    (alone,) = two_processes(words("parts"), tmp_path / "kept-2", count=1, FAULT="0 5 kill")
+    assert "going on from step 2 of 6" in alone.said
+    both_succeed(words("parts"), tmp_path / "kept-3")
+    assert distance(tmp_path / "whole", tmp_path / "parts", beginning(tiny_sdxl, tmp_path)) < 1e-3
+    rows = [files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert [row["groups"] for row in rows[1]] == [row["groups"] for row in rows[0]] == [4.0] * 6
+
+
+def test_an_infinite_gradient_in_one_process_skips_the_step_in_both(
+    tiny_sdxl: str, pairs: Path, tmp_path: Path
+) -> None:
+    given = ["data=pickapic", f"data.path={pairs}", "objective.beta=2000", "checkpoint.every=1"]
+    words = [*common(tiny_sdxl, tmp_path / "out", 2), *given, "num_steps=2", "checkpoint.keep=2"]
+    both_succeed(words, tmp_path / "kept", FAULT="1 2 inf")
+    rows = files.read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [0, 1]
+    first, second = (load_file(path / "trained.safetensors") for path in checkpoints(tmp_path / "out"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any((tensor != 0).any() for name, tensor in first.items() if "lora_B" in name)  # step 1 was taken
+
+
+def test_a_killed_process_ends_the_other_with_a_line(tiny_sdxl: str, pairs: Path, tmp_path: Path) -> None:
+    """No launcher is there to end it."""
+    given = ["data=pickapic", f"data.path={pairs}", "objective.beta=2000", "num_steps=100"]
+    words = [*common(tiny_sdxl, tmp_path / "out", 2), *given]
+    survivor, killed = two_processes(words, tmp_path / "kept", FAULT="1 4 kill")
+    assert killed.code == -signal.SIGKILL
+    assert survivor.code == 2 and "Traceback" not in survivor.said
+    assert survivor.errors == [
+        "error: another process of this run has gone: see what it said last; the same command goes on from "
+        "the last checkpoint"
+    ]
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000002"]
 
 
 @pytest.fixture

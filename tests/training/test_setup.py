@@ -23,3 +23,27 @@ def test_processes_that_do_not_find_one_another_are_no_run(monkeypatch: pytest.M
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"2 processes were started, but accelerate does not join them"):
         accelerator_for("fp32")
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_a_launcher_that_asks_for_split_weights_is_refused(
+    variable: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=rf"^{name} was asked for \({variable}\), but here each process"):
+        accelerator_for("fp32")
+    monkeypatch.setenv(variable, "false")
+    assert accelerator_for("fp32").num_processes == 1
+
+
+def test_a_launcher_does_not_change_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would divide every gradient by its own count, and take its own precision."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    accelerator = accelerator_for("fp32")
+    weight = torch.ones(1, requires_grad=True)
+    accelerator.backward(3.0 * weight.sum())
+    assert weight.grad is not None and float(weight.grad) == 3.0
+    assert accelerator.mixed_precision == "no"
