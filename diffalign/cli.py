@@ -21,7 +21,7 @@ from importlib import metadata
 from types import FrameType
 from typing import Any
 
-from diffalign.common.errors import Interrupted, UserError, nearest, unknown
+from diffalign.common.errors import Interrupted, UserError, brief, nearest, unknown
 from diffalign.common.files import printable
 
 VERBS = {
@@ -65,6 +65,7 @@ _THE_MACHINES_REFUSALS = {
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
 }
@@ -118,6 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _THE_MACHINES_REFUSALS:
             raise
         print(f"error: {error.strerror}: {error.filename or 'see out='}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Weights meet a full disk as an error of safetensors' own, a type that only they may import.
+        if type(error).__name__ != "SafetensorError" or "I/O error" not in str(error):
+            raise
+        print(f"error: {brief(error)}: see out=", file=sys.stderr)
         return 2
 
 

@@ -315,7 +315,7 @@ def kills(out: Path, arguments: argparse.Namespace) -> tuple[dict[str, float], d
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
     whole = out / "whole"
     subprocess.run(stage(data, whole), check=True, capture_output=True)
-    expected, equal, killed, rng = digests(whole), 0, 0, random.Random(0)
+    expected, killed, rng = digests(whole), 0, random.Random(0)
     folder = out / "killed"
     while True:
         process = subprocess.Popen(stage(data, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

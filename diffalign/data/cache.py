@@ -28,7 +28,7 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError, brief
 from diffalign.data.cache_index import PROMPTS, RECORDS, TABLES
 from diffalign.data.cache_packs import TENSORS
-from diffalign.data.encoded import Example, ratings, with_sizes
+from diffalign.data.encoded import Example, numbered, ratings, with_sizes
 from diffalign.data.records import Record
 from diffalign.data.select import Group, UsableGroups
 from diffalign.data.tally import Tally
@@ -281,7 +281,7 @@ class CachedSet:
         """`[n]`, equal where bucket and number of images are."""
         tables, rows = self.cache.tables, self.rows
         images = np.where(self.sides < 0, tables["candidates"][rows], 1).astype(np.int64)
-        return (tables["height"][rows].astype(np.int64) << 40) + (tables["width"][rows] << 20) + images
+        return numbered(tables["height"][rows], tables["width"][rows], images)
 
     def texts(self) -> tuple[Sequence[str], NDArray[np.int64]]:
         """The prompts of the cache, and which of them each example has."""

@@ -93,7 +93,6 @@ class PackWriter:
 
     Attributes:
         last_position: number of the last record that was taken, by this run or an earlier one; -1: none.
-        num_pictures: different pictures so far.
     """
 
     def __init__(self, folder: Path, share: str, encoder: Encoder, spec: PackSpec, batch_size: int) -> None:
@@ -111,11 +110,6 @@ class PackWriter:
                     "cache, and write it again"
                 )
             self._take_over(files.read_jsonl(path))
-
-    @property
-    def num_pictures(self) -> int:
-        """Different pictures so far."""
-        return len(self._known)
 
     @property
     def _name(self) -> str:

@@ -111,9 +111,8 @@ class EncodedSet:
 
     def kinds(self) -> NDArray[np.int64]:
         """`[n]`, equal where bucket and number of images are."""
-        known: dict[tuple[int, ...], int] = {}
         found = [(*example.size, len(example.images)) for example in self.examples]
-        return np.array([known.setdefault(kind, len(known)) for kind in found], dtype=np.int64)
+        return numbered(*np.array(found, dtype=np.int64).reshape(-1, 3).T)
 
     def texts(self) -> tuple[list[str], NDArray[np.int64]]:
         """The distinct prompts of the examples, and which of them each has."""
@@ -131,6 +130,13 @@ class EncodedSet:
         """One row per image of the example; all share the prompt, or all have it dropped."""
         row = self.dropped if dropped else self.prompts.rows([self.prompt_rows[example.prompt]])
         return with_sizes(row, example)
+
+
+def numbered(
+    height: NDArray[np.int64], width: NDArray[np.int64], images: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """`[n]` kinds. Their numbers hang on nothing else: the order of short batches follows them."""
+    return (height << 40) + (width << 20) + images
 
 
 def with_sizes(prompt: Conditioning, example: Example) -> Conditioning:

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from diffalign.common.errors import UserError, brief
 from diffalign.common.files import printable
 
-__all__ = ["PICTURE_SUFFIXES", "BadImage", "ImageRef", "digest"]
+__all__ = ["PICTURE_SUFFIXES", "BadImage", "ImageRef", "digest", "usual_suffix"]
 
 EXIF_ORIENTATION = 0x0112
 TURNS = {
@@ -25,6 +25,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the picture upright (CIPA DC-008, "Orientation")."""
+SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif"}
+"""Pillow's name of a format -> its usual suffix, where that is another word."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Of files in a folder that are taken for pictures."""
 
@@ -117,6 +119,22 @@ class ImageRef:
     def digest(self) -> bytes:
         """Returns the `digest` of the encoded bytes. Raises BadImage when there are none."""
         return digest(self.read())
+
+
+def usual_suffix(content: bytes, name: str) -> str:
+    """Returns the suffix that files of the format of encoded bytes have, such as ".jpg".
+
+    Raises:
+        BadImage: no known format (the picture `name` is not decoded).
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            kind = str(image.format)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL reports broken headers through many classes
+        raise BadImage(name, "corrupt_image", "is no picture in a known format") from error
+    return SUFFIXES.get(kind, f".{kind.lower()}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -252,15 +252,16 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields ("file:line", parsed JSON) for each line that is not blank. UserError like `read_records`."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: give a jsonl file")
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested without end
-                raise UserError(f"{path}:{number} is not JSON ({brief(error)})") from error
-            yield f"{path.name}:{number}", row
+    number = 0
+    try:
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield f"{path.name}:{number}", json.loads(line)
+    except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested without end
+        raise UserError(f"{path}:{number} is not JSON ({brief(error)})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({brief(error)})") from error
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -5,28 +5,26 @@ Pictures are written as the very bytes that were read, never encoded again.
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-
 from diffalign.common import files
 from diffalign.common.errors import UserError, unknown
-from diffalign.data.pictures import ImageRef, digest
+from diffalign.data.pictures import ImageRef, digest, usual_suffix
 from diffalign.data.records import Candidate, Record, Score
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["FORMATS", "JSONL_NAME", "ScoreTotals", "SetWriter", "open_set"]
+__all__ = ["FORMATS", "JSONL_NAME", "ScoreTotals", "SetWriter", "open_set", "score_facts"]
 
 FORMATS = ("jsonl", "pickapic", "chosen_rejected")
 
@@ -103,8 +101,11 @@ def open_set(folder: Path, kind: str, name: str) -> Iterator[SetWriter]:
         raise unknown("format", kind, FORMATS)
     try:
         yield made
-    finally:
-        made.close()
+    except BaseException:
+        with suppress(Exception):  # a file that broke cannot be closed either, which is not what went wrong
+            made.close()
+        raise
+    made.close()
 
 
 class _Jsonl:
@@ -129,7 +130,8 @@ class _Jsonl:
         if candidate.image.data is None:
             return candidate
         content = candidate.image.read()
-        path = self._folder / PICTURES / f"{digest(content).hex()}{_suffix(content)}"
+        suffix = usual_suffix(content, candidate.image.name)
+        path = self._folder / PICTURES / f"{digest(content).hex()}{suffix}"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
@@ -217,25 +219,30 @@ class ScoreTotals:
 
         A scorer whose numbers stand on several scales or come from several versions is left out.
         """
-        import numpy as np
-
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, said in self._said.items():
-            values = np.frombuffer(self._values[name], dtype=np.float64)
-            values = values[np.isfinite(values)]
-            if len(said) != 1 or not values.size:
-                continue
-            scale, version, higher = next(iter(said))
-            found[name] = {
-                "scale": scale,
-                "version": version,
-                "higher_is_better": higher,
-                "n": int(values.size),
-                "min": float(values.min()),
-                "max": float(values.max()),
-                "mean": float(values.mean()),
-            }
+            if len(said) == 1:
+                facts = score_facts(*next(iter(said)), self._values[name])
+                found |= {} if facts is None else {name: facts}
         return found
+
+
+def score_facts(
+    scale: str, version: str, higher_is_better: bool, values: Iterable[float]
+) -> dict[str, Any] | None:
+    """Returns what a manifest says of one scorer's numbers (those that are finite); None without any."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    return {
+        "scale": scale,
+        "version": version,
+        "higher_is_better": higher_is_better,
+        "n": len(finite),
+        "min": min(finite),
+        "max": max(finite),
+        "mean": math.fsum(finite) / len(finite),
+    }
 
 
 def _scale(score: Score) -> tuple[str, str, bool]:
@@ -331,13 +338,6 @@ def _is_int64(value: Any) -> bool:
     if isinstance(value, str):
         return bool(_WHOLE.fullmatch(value)) and _is_int64(int(value))
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _suffix(content: bytes) -> str:
-    """The usual suffix of a picture's format."""
-    with Image.open(io.BytesIO(content)) as image:
-        kind = (image.format or "").lower()
-    return {"jpeg": ".jpg", "tiff": ".tif"}.get(kind, f".{kind}")
 
 
 def _picture_bytes(value: Any) -> int:

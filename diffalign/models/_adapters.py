@@ -60,7 +60,7 @@ def add_from_file(network: Any, pipeline_class: Any, path: str, *, dropout: floa
         UserError: no such adapter, one for another architecture, or one that also changes the text encoders.
     """
     state, alphas, metadata = _read_trainable(pipeline_class, path, network)
-    pipeline_class.load_lora_into_unet(state, alphas, network, adapter_name=TRAINED, metadata=metadata)
+    place(pipeline_class, path, network, TRAINED, state, alphas, metadata)
     for layer in _layers(network):
         if TRAINED in layer.lora_dropout:
             layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -173,6 +173,26 @@ def read_adapter(
     return state, alphas and _alphas_by_layer(alphas), metadata
 
 
+def place(
+    pipeline_class: Any,
+    path: str,
+    network: Any,
+    name: str,
+    state: dict[str, Tensor],
+    alphas: Any,
+    metadata: Any,
+) -> None:
+    """Adds to `network`, as `name`, what `read_adapter` has read from `path`.
+
+    Raises:
+        UserError: the tensors and the settings beside them contradict one another.
+    """
+    try:
+        pipeline_class.load_lora_into_unet(state, alphas, network, adapter_name=name, metadata=metadata)
+    except Exception as error:  # peft and torch find many things wrong, in types of many kinds
+        raise UserError(f"cannot use the adapter {path}: {brief(error)}; get its whole file") from error
+
+
 def _alphas_by_layer(alphas: dict[str, Any]) -> dict[str, Any]:
     """Kohya's alphas under the names of their layers.
 
@@ -209,7 +229,13 @@ def peft_names(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_fits(state: dict[str, Tensor], network: Any, path: str) -> None:
-    for key, value in peft_names(state).items():
+    named = peft_names(state)
+    for layer, ranks in _ranks(named).items():
+        if len(ranks) < 2 or ranks[0] != ranks[1]:
+            raise UserError(
+                f"adapter {path} is not whole: the factors of {layer} do not fit one another; get it anew"
+            )
+    for key, value in named.items():
         for marker, axis, side in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
             layer_name, found, _ = key.partition(marker)
             if not found:
@@ -221,6 +247,16 @@ def _check_fits(state: dict[str, Tensor], network: Any, path: str) -> None:
                     f"adapter {path} is for another architecture: {layer_name} has {value.shape[axis]} "
                     f"{side}, the base {base}; use the base it was trained on"
                 )
+
+
+def _ranks(named: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Layer -> the rank that each of its two factors has; one number where a factor is missing."""
+    found: dict[str, list[int]] = {}
+    for key, value in named.items():
+        for marker, axis in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
+            if key.endswith(marker):
+                found.setdefault(key.removesuffix(marker), []).append(value.shape[axis])
+    return found
 
 
 def _weight_of(network: Any, layer_name: str) -> Tensor | None:

@@ -54,7 +54,7 @@ def read_lora(pipeline_class: Any, path: str, blueprint: Any, *, weight: float =
             f"adapter {path} also changes the text encoders: only adapters of the UNet can be exported"
         )
     shapes = {key: tensor.to("meta") for key, tensor in state.items()}
-    pipeline_class.load_lora_into_unet(shapes, alphas, blueprint, adapter_name=TRAINED, metadata=metadata)
+    _adapters.place(pipeline_class, path, blueprint, TRAINED, shapes, alphas, metadata)
     config = blueprint.peft_config[TRAINED].to_dict()
     patterns = {name: alpha * weight for name, alpha in (config["alpha_pattern"] or {}).items()}
     return Lora(

@@ -294,9 +294,7 @@ class UNetModel(TrainableModel, ExportableModel):
             # peft asks whether several adapters are meant. They are.
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
             if all(key.startswith("unet.") for key in state):
-                self.pipeline_class.load_lora_into_unet(
-                    state, alphas, self.network, adapter_name=name, metadata=metadata
-                )
+                _adapters.place(self.pipeline_class, path, self.network, name, state, alphas, metadata)
             else:
                 self._adapts_encoders = True
                 self.pipeline(*self.encoder_parts, "unet").load_lora_weights(path, adapter_name=name)

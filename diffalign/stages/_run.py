@@ -8,12 +8,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign.common import files, manifest
 from diffalign.common.config import filled_recipe
 from diffalign.common.errors import UserError, brief
 from diffalign.stages._shares import Share
+
+if TYPE_CHECKING:
+    from diffalign.data.sources._base import Source
 
 RECIPE = "recipe.json"
 
@@ -138,6 +141,16 @@ def _filled(stage: str, decides: Mapping[str, Any]) -> dict[str, Any]:
     return filled_recipe(function, files.to_plain(decides))
 
 
+def refuse_in_data(out: str | Path, data: Source, file: str = "") -> None:
+    """Checks that what a stage writes (`file` of it) is not read as data the next time.
+
+    Raises:
+        UserError: it would be.
+    """
+    if data.would_read(Path(out) / file):
+        raise UserError(f"out={out} lies in the folder of the data ({data.path}): choose another folder")
+
+
 def refuse_unfinished(folder: Path) -> None:
     """Checks that a folder that is read is no stage's output, or complete.
 
@@ -160,12 +173,17 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
             continue
         if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
             return f"{key} was {_brief(old)}, now {_brief(new)}"
-        if {"sha256", "tail_sha256"} & {*old, *new}:  # of a file: numbers that tell nobody anything
+        if _names_content(old) or _names_content(new):  # numbers that tell nobody anything
             return f"{key} changed"
         inner = _difference(old, new)
         if inner is not None:
             return f"{key}.{inner}"
     return None
+
+
+def _names_content(value: Mapping[str, Any]) -> bool:
+    """Whether this is the identity of a file, or of a source's rows and pictures."""
+    return "sha256" in value or "tail_sha256" in value or str(value.get("name", "")).startswith("sha256=")
 
 
 def _brief(value: Any) -> str:

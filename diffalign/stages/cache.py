@@ -74,7 +74,7 @@ def cache(
         variants: crops and flips kept of each group, which take turns; they differ with
             preprocess.crop=random or preprocess.flip=true.
         dtype: fp16 halves the size of latents and embeddings that are fp32; fp32 keeps them as they are.
-        pack_mb: megabytes of latents in a file; a kill loses at most one.
+        pack_mb: megabytes of latents and embeddings in a file; a kill loses at most one.
         ignore_disk: begin although the disk looks too small: the estimate takes every picture for a new one.
         device: auto | cpu | cuda | cuda:1 ...
         limit: the first so many rows of the data only.
@@ -216,8 +216,9 @@ def _finish(
 
 
 def _size(source: Any, limit: int | None) -> int | None:
-    total: int | None = source.size()
-    return total if total is None or limit is None else min(total, limit)
+    """How many rows will come, or at most; None where nobody knows."""
+    known = [number for number in (source.size(), limit, source.limit) if number is not None]
+    return min(known, default=None)
 
 
 @dataclass(frozen=True)

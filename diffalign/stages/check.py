@@ -34,7 +34,7 @@ from diffalign.common.config import One, make_one, resolved_recipe
 from diffalign.common.errors import UserError, unknown
 from diffalign.data.filters import FilterSpec, Selection, Sieve, check_split, choose
 from diffalign.stages._check_table import as_table
-from diffalign.stages._run import claim_folder, refuse_other_run
+from diffalign.stages._run import claim_folder, refuse_in_data, refuse_other_run
 
 if TYPE_CHECKING:
     from diffalign.data.census import Census
@@ -98,6 +98,7 @@ def check(
     if out is not None:
         _check_write.refuse_taken(Path(out), data, selects=selects)  # before the work
         refuse_other_run(Path(out), "check", same)
+        refuse_in_data(out, data, "train/train.parquet" if selects and kind != "jsonl" else "")
     census = _take_census(data, limit, _sieve(filter, kind, against))
     report = census.report(
         near_distance=near_distance,

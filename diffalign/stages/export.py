@@ -35,6 +35,8 @@ FORMATS = ("diffusers", "kohya", "merged", "full")
 CARD = "README.md"
 NOT_PUSHED = [".*", "**/.*", "recipe.json", "manifest.json"]
 """Files of the folder that name paths of this machine and serve nobody else."""
+RUN_SAYS = {"base", "recipe", "counts", "summary", "versions"}
+"""What the manifest of a training run holds for the check of the base and for the card."""
 
 
 def export(
@@ -158,8 +160,9 @@ def _run_of(adapter: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     folder = path if path.is_dir() else path.parent
-    found = manifest.read_manifest(folder.resolve().parent)
-    return found if found is not None and found.get("stage") == "train" else None
+    found: Any = manifest.read_manifest(folder.resolve().parent)
+    ours = isinstance(found, dict) and found.get("stage") == "train" and found.keys() >= RUN_SAYS
+    return found if ours else None
 
 
 def _check_base(adapter: str, run: dict[str, Any] | None, base: str, other_base: bool) -> None:

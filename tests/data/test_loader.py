@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -68,6 +69,15 @@ def test_an_epoch_holds_every_example_once(batch_size: int) -> None:
         assert sum(len(plan.indices) < batch_size for plan in plans) <= 2
         firsts = [plan.first_position for plan in plans]
         assert firsts == [epoch * 11 + sum(len(p.indices) for p in plans[:k]) for k in range(len(plans))]
+
+
+def test_the_order_does_not_hang_on_which_example_comes_first_in_the_data() -> None:
+    """Two short batches an epoch: who is inserted first follows the sizes, not the order of the source."""
+    encoded = encoded_set(5, wide=3)
+    turned = replace(encoded, examples=encoded.examples[::-1])
+    assert (encoded.kinds() == turned.kinds()[::-1]).all() and len(set(encoded.kinds().tolist())) == 2
+    assert encoded.kinds()[-1] == (32 << 40) + (32 << 20) + 2
+    assert encoded.kinds()[0] == encoded.subset([4, 0]).kinds()[1]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:

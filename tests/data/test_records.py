@@ -234,3 +234,9 @@ def test_digest_is_of_the_bytes() -> None:
     assert ImageRef(data=b"abc").digest() == ImageRef(data=b"abc", name="x").digest()
     assert ImageRef(data=b"abc").digest() != ImageRef(data=b"abd").digest()
     assert len(ImageRef(data=b"abc").digest()) == 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="a file that opens and cannot be read")
+def test_a_file_that_cannot_be_read_is_said() -> None:
+    with pytest.raises(UserError, match=r"/proc/self/mem cannot be read \("):
+        list(read_records("/proc/self/mem"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from diffalign.common.ahead import DEPTH, MOST_THREADS
 from diffalign.common.errors import UserError
-from diffalign.data.records import Record
+from diffalign.data.records import Record, Score
 from diffalign.data.select import UsableGroups
 from diffalign.data.sources.pickapic import to_record
 from tests.pickapic_files import messy_rows, row
@@ -111,6 +112,13 @@ def test_no_usable_pair_is_refused_with_the_reasons() -> None:
         list(UsableGroups([]))
 
 
+def test_a_few_bad_rows_do_not_hide_why_all_the_others_are_no_use() -> None:
+    rows = [row(second=None), *(row(labels=(0.5, 0.5)) for _ in range(3))]
+    with pytest.raises(UserError) as caught:
+        list(UsableGroups(to_record(str(index), content) for index, content in enumerate(rows)))
+    assert "1 missing_image (0), and no other is usable, 3 tie;" in str(caught.value)
+
+
 def test_a_record_that_is_no_pair_is_counted() -> None:
     single = records(1)[0]
     single.candidates.pop()
@@ -208,6 +216,28 @@ def test_what_an_objective_rejects_is_counted_and_not_bad() -> None:
     groups = UsableGroups(records(2), reject=lambda r: "equal_scores" if r.id == "f:1" else None)
     assert ids(groups) == ["0"]
     assert groups.tally.dropped == {"equal_scores": ["f:1"]} and groups.tally.bad_share == 0.0
+
+
+def test_any_takes_whole_records_that_some_objective_can_use() -> None:
+    """Labelled pairs, pairs and lists that only have scores, single pictures; never a group of a part."""
+    pair, scored, bare, tie = (
+        to_record(name, row(labels=labels))
+        for name, labels in zip("abcd", ((0.0, 1.0), (None, None), (None, None), (0.5, 0.5)), strict=True)
+    )
+    scored.candidates[1].scores["s"] = Score(1.0)
+    longer, broken = to_record("e", row()), to_record("f", row())
+    longer.candidates.append(replace(longer.candidates[0], label=None, rank=3))
+    broken.candidates.append(replace(broken.candidates[0], label=float("nan")))
+    found = UsableGroups(
+        [pair, scored, bare, tie, longer, broken, single("g", 0.7)], unit="any", max_bad_share=1.0
+    )
+    assert [(group.id, len(group.images), group.target) for group in found] == [
+        ("a", 2, 0.0),
+        ("b", 2, 0.5),
+        ("e", 3, None),
+        ("g", 1, None),
+    ]
+    assert found.tally.dropped == {"unlabelled": ["c"], "tie": ["d"], "bad_label": ["f"]}
 
 
 def test_pairs_without_labels_where_scores_decide() -> None:

@@ -216,6 +216,18 @@ def test_text_that_is_no_utf8_is_one_line(tmp_path: Path, kind: str) -> None:
         written([Record("r\ud800", "p", pair)], tmp_path / "out", kind)
 
 
+def test_a_disk_that_is_full_is_what_is_said(tmp_path: Path) -> None:
+    """Closing a file that could not be written fails too, and would hide why."""
+    pair = [Candidate(ImageRef(data=RED), label=1.0), Candidate(ImageRef(data=BLUE), label=0.0)]
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="full"), open_set(tmp_path / "out", "pickapic", "train") as writer:
+        writer.add(Record("a", "p", pair))
+        writer._flush()  # type: ignore[attr-defined]
+        writer.add(Record("b", "p", pair))
+        writer._writer.file_handle.close()  # type: ignore[attr-defined]
+        raise OSError(28, "full")
+
+
 def test_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown format 'pickpic': did you mean 'pickapic'"):
         written([], tmp_path / "out", "pickpic")

@@ -221,9 +221,19 @@ def broken_file(folder: Path, kind: str) -> str:
     elif kind == "text encoder":
         state["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
         state["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight"] = torch.zeros(32, 2)
+    elif kind == "half a layer":
+        del state[layer.replace("lora_A", "lora_B")]
+    elif kind == "factors of two ranks":
+        state[layer] = state[layer][:1].clone()
     elif kind == "no adapter":
         state = {"conv_in.weight": torch.zeros(2, 2)}
-    save_file(state, path, metadata={"format": "pt"})
+    metadata = {"format": "pt"}
+    if kind == "settings of another rank":
+        with safe_open(path, "pt") as file:
+            metadata = {
+                name: text.replace('"unet.r": 2', '"unet.r": 3') for name, text in file.metadata().items()
+            }
+    save_file(state, path, metadata=metadata)
     if kind == "torn":
         path.write_bytes(path.read_bytes()[:300])
     if kind == "empty folder":
@@ -237,6 +247,9 @@ REFUSED = {
     "wrong outputs": r"another architecture: .*attn2\.to_k has 17 outputs, the base has 16 outputs there",
     "wrong layers": r"another architecture: middle_block.*, the base has no such layer",
     "text encoder": "also changes the text encoders: only UNet adapters can be trained on",
+    "half a layer": r"is not whole: the factors of .*attn2\.to_k do not fit one another; get it anew",
+    "factors of two ranks": r"is not whole: the factors of .*attn2\.to_k do not fit one another",
+    "settings of another rank": "cannot use the adapter .*size mismatch.*; get its whole file",
     "no adapter": "holds no LoRA weights|cannot read the adapter",
     "torn": "cannot read the adapter",
     "empty folder": "cannot read the adapter",

@@ -209,6 +209,29 @@ def test_pictures_that_lie_in_out_are_not_overwritten(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "train").exists() and not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_a_set_may_take_the_folder_of_a_report(source: list[str], tmp_path: Path) -> None:
+    run(*source, f"out={tmp_path / 'out'}")
+    run(*source, "dedup=exact", f"out={tmp_path / 'out'}")
+    with pytest.raises(UserError, match=r"another recipe \(dedup was exact, now near\)"):
+        run(*source, "dedup=near", f"out={tmp_path / 'out'}")
+
+
+def test_no_shard_among_the_shards(source: list[str], tmp_path: Path) -> None:
+    folder = Path(source[1].partition("=")[2]).parent
+    words = [source[0], f"data.path={folder}", *source[2:], f"out={folder / 'clean'}"]
+    with pytest.raises(UserError, match="lies in the folder of the data"):
+        run(*words, "format=pickapic")
+    run(*words, "format=jsonl")
+
+
+def test_no_report_among_the_data(tmp_path: Path) -> None:
+    for rank in (1, 2):
+        (tmp_path / "lists" / "a cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lists" / "a cat" / f"rank_{rank}.jpg").write_bytes(encoded(rank))
+    with pytest.raises(UserError, match="lies in the folder of the data"):
+        run("data=folder", f"data.path={tmp_path / 'lists'}", f"out={tmp_path / 'lists' / 'report'}")
+
+
 def test_another_recipe_does_not_replace_a_set(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(*source, "split=0.3", f"out={out}")

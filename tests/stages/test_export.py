@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import resource
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -204,6 +206,19 @@ def test_a_card_shows_one_model(
     )
 
 
+@pytest.mark.parametrize("form", ["kohya", "merged"])
+def test_a_full_disk_leaves_no_folder(
+    form: str, base: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        said = refused(capsys, words(base, run / "adapter", tmp_path / "out", f"format={form}"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in said and not (tmp_path / "out").exists()
+
+
 def test_nothing_of_others_is_written_over(base: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out in (run / "adapter", Path(base)):
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -234,6 +249,17 @@ def test_an_adapter_from_elsewhere(
     assert cli.main(words(base, alone, tmp_path / "out", "format=kohya")) == 0
     assert "no run beside it says which base it was trained on" in capsys.readouterr().err
     assert files.read_json(tmp_path / "out" / "manifest.json")["trained_on"] is None
+
+
+@pytest.mark.parametrize("theirs", [[1], {"stage": "train"}, {"stage": "train", "base": "x"}])
+def test_a_manifest_of_others_beside_an_adapter_is_no_run(
+    theirs: Any, base: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "theirs" / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    files.write_json(adapter.parent / "manifest.json", theirs)
+    assert cli.main(words(base, adapter, tmp_path / "out", "format=kohya")) == 0
+    assert "no run beside it says which base it was trained on" in capsys.readouterr().err
 
 
 def test_the_same_command_again_writes_the_card_alone(

@@ -129,6 +129,33 @@ def test_a_key_that_is_new_since_had_its_default(
         raise AssertionError("the folder was given away")
 
 
+def test_data_that_changed_is_named_without_its_numbers(tmp_path: Path) -> None:
+    data = {"ties": "drop", "path": {"folder": {"name": "sha256=a"}, "file": {"size": 1, "sha256": "b"}}}
+    with claim_folder(tmp_path, stage="pair", recipe={}, same={"data": data}):
+        pass
+    for now, message in (
+        ({**data, "ties": "soft"}, r"data\.ties was drop, now soft"),
+        ({**data, "path": {**data["path"], "folder": {"name": "sha256=c"}}}, r"data\.path\.folder changed"),
+        ({**data, "path": {**data["path"], "file": {"size": 2, "sha256": "d"}}}, r"data\.path\.file changed"),
+    ):
+        asked = claim_folder(tmp_path, stage="pair", recipe={}, same={"data": now})
+        with pytest.raises(UserError, match=rf"another recipe \({message}\)"), asked:
+            raise AssertionError("the folder was given away")
+
+
+def test_a_new_key_of_a_section_had_its_default(tmp_path: Path) -> None:
+    with claim_folder(tmp_path, stage="check", recipe={}, same={"filter": {"min_side": 8}}):
+        pass
+    with claim_folder(
+        tmp_path, stage="check", recipe={}, same={"filter": {"min_side": 8, "models": [], "same_size": False}}
+    ):
+        pass
+    now = {"filter": {"min_side": 8, "models": ["sdxl"]}}
+    asked = claim_folder(tmp_path, stage="check", recipe={}, same=now)
+    with pytest.raises(UserError, match=r"filter\.models was \[\], now \['sdxl'\]"), asked:
+        raise AssertionError("the folder was given away")
+
+
 def test_a_key_that_is_gone_is_named(tmp_path: Path) -> None:
     with claim_folder(
         tmp_path, stage="score", recipe={}, same={"colour": "red", "scorers": {"gone": {"x": 1}}}

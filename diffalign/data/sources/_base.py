@@ -57,6 +57,10 @@ class Source:
         """Returns the files that are read (none for data on a hub)."""
         return [Path(self.path)]
 
+    def would_read(self, place: Path) -> bool:
+        """Whether a new file or folder at `place` would be taken for data the next time."""
+        return False
+
     def records(self) -> Iterator[Record]:
         """Yields every row as a record, in order: ties, unlabelled and broken rows too, labels as they are.
 

@@ -114,6 +114,10 @@ class ParquetSource(Source):
         """Returns the parquet files that are read, sorted by name; none for a hub data set."""
         return [] if self.on_hub else list(self._shards().values())
 
+    def would_read(self, place: Path) -> bool:
+        """Whether `place` is a shard in the folder that is read."""
+        return place.suffix == ".parquet" and place.resolve().is_relative_to(Path(self.path).resolve())
+
     def size(self) -> int | None:
         """Returns the rows of all files, at most `limit`; None on a hub or with `prompts`."""
         if self.on_hub or self.prompts is not None:

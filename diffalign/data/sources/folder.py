@@ -52,6 +52,10 @@ class Plugin(Source):
         suffixes = (*PICTURE_SUFFIXES, *CAPTION_SUFFIXES)
         return [place for top in self._tops() for place in _inside(top) if place.suffix.lower() in suffixes]
 
+    def would_read(self, place: Path) -> bool:
+        """Whether `place` lies among the folders of ranked lists, each of which is a list."""
+        return self._sides() is None and place.resolve().is_relative_to(Path(self.path).resolve())
+
     def data_inputs(self) -> dict[str, Path | str]:
         """Returns one digest over the names, captions and pictures that are read."""
         return {"folder": self.content_digest(Path(self.path))}
