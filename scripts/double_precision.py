@@ -32,5 +32,7 @@ def in_float64(run: Run) -> None:
 
 
 def keep(run: Run, path: Path) -> None:
-    """Writes what a run trains, in the precision that it has."""
-    save_file({name: tensor.contiguous() for name, tensor in run.model.trained_state().items()}, path)
+    """Writes what a run trains, in the precision that it has; of a split network the first process does."""
+    trained = run.model.trained_state()
+    if not run.settings.shard or run.ranks.is_main:
+        save_file({name: tensor.contiguous() for name, tensor in trained.items()}, path)

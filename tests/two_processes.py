@@ -64,7 +64,8 @@ def two_processes(
 
     `environment` is set in both: FLOAT64=1 trains in float64; FAULT="1 3 inf" makes the third backward pass
     of process 1 leave an infinite gradient, FAULT="1 3 kill" kills it then. Each leaves what it has trained
-    in `folder` as `rank-N.safetensors`. `count` of 1: one process in place of the two.
+    in `folder` as `rank-N.safetensors` (of a split network process 0 alone), and in `rank-N.held` how many
+    numbers of its networks it holds. `count` of 1: one process in place of the two.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -121,10 +122,23 @@ def _run(
             fail_at(run, int(number), what)
         summary = fit(run)
         keep(run, folder / f"rank-{rank}.safetensors")
+        (folder / f"rank-{rank}.held").write_text(str(numbers_held(run)))
         return summary
 
     loop.fit = fit_and_keep
     sys.exit(cli.main(arguments))
+
+
+def numbers_held(run: Run) -> int:
+    """How many numbers this process holds of the network and of a frozen copy."""
+    from torch.distributed.tensor import DTensor
+
+    from diffalign.diffusion.denoiser import FrozenCopy
+
+    denoiser = run.model.denoiser
+    copies = [policy.network for policy in denoiser.policies.values() if isinstance(policy, FrozenCopy)]
+    weights = [weight for network in (denoiser.network, *copies) for weight in network.parameters()]
+    return sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in weights)
 
 
 def fail_at(run: Run, number: int, what: str) -> None:

@@ -122,9 +122,11 @@ def load_adapter_state(network: Any, state: dict[str, Tensor], name: str = TRAIN
     set_peft_model_state_dict(network, state, adapter_name=name)
 
 
-def save(network: Any, pipeline_class: Any, folder: str | Path) -> None:
-    """Writes the adapter "trained" so that it reloads equal."""
-    write(pipeline_class, adapter_state(network), network.peft_config[TRAINED].to_dict(), folder)
+def save(
+    network: Any, pipeline_class: Any, folder: str | Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes the adapter "trained", or a `state` of it, so that it reloads equal."""
+    write(pipeline_class, state or adapter_state(network), network.peft_config[TRAINED].to_dict(), folder)
 
 
 def write(pipeline_class: Any, state: dict[str, Tensor], config: dict[str, Any], folder: str | Path) -> None:

@@ -123,6 +123,10 @@ class Model(Protocol):
         """Compiles the network's repeated blocks; after `start_training`."""
         ...
 
+    def shard(self) -> None:
+        """Splits the network and its frozen copy over the processes; after `start_training`."""
+        ...
+
     def move_reference(self, decay: float) -> None:
         """Makes the reference `decay` times itself plus `1 - decay` times the policy."""
         ...
@@ -135,8 +139,8 @@ class Model(Protocol):
         """Puts back what `reference_state` gave, in place."""
         ...
 
-    def save_adapter(self, folder: str) -> None:
-        """Writes what was trained, so that plain diffusers loads it."""
+    def save_adapter(self, folder: str, trained: dict[str, Tensor] | None = None) -> None:
+        """Writes what was trained, so that plain diffusers loads it; `trained` where the network is split."""
         ...
 
     def load_policy(self, path: str) -> None:
@@ -166,7 +170,10 @@ class Model(Protocol):
         ...
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The tensors that training changes, by name, for checkpoints."""
+        """The tensors that training changes, by name, for checkpoints.
+
+        Of a split network every process must ask, and only the first is answered.
+        """
         ...
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:

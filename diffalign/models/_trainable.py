@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffalign.common.errors import UserError, brief
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze
-from diffalign.models import _adapters
+from diffalign.models import _adapters, _sharding
 from diffalign.models._base import REFERENCE, TRAINED
 from diffalign.models._parts import Parts
 from diffalign.models._spec import AdapterSpec, ModelSpec
@@ -101,15 +101,25 @@ class TrainableModel:
         Raises:
             UserError: the network has no blocks that diffusers knows to repeat.
         """
-        policies = self.denoiser.policies.values()
-        copies = [policy.network for policy in policies if isinstance(policy, FrozenCopy)]
-        for network in (self.network, *copies):
+        for network in (self.network, *self._frozen_copies()):
             try:
                 network.compile_repeated_blocks(
                     recompile_limit=MAX_GRAPHS, options={"emulate_precision_casts": True}
                 )
             except ValueError as error:
                 raise UserError(f"compile=true: {brief(error)}; use compile=false") from error
+
+    def shard(self) -> None:
+        """Splits the network, and a frozen copy, over the processes; after `start_training`.
+
+        Until then each process holds all of it.
+        """
+        for network in (self.network, *self._frozen_copies()):
+            _sharding.shard(network, network.device)
+
+    def _frozen_copies(self) -> list[Any]:
+        policies = self.denoiser.policies.values()
+        return [policy.network for policy in policies if isinstance(policy, FrozenCopy)]
 
     def _hold_reference(self, held: bool) -> None:
         """Gives the reference an adapter of its own, a copy of the trained one, if it is to be held."""
@@ -163,22 +173,37 @@ class TrainableModel:
         return TRAINED in getattr(self.network, "peft_config", {})
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The tensors that training changes, by name."""
+        """The tensors that training changes, by name; of a split network by `_sharding.whole`."""
+        state: dict[str, Tensor] = _sharding.whole(self._own_state())
+        return state
+
+    def _own_state(self) -> dict[str, Tensor]:
         return _adapters.adapter_state(self.network) if self._trains_adapter else self.network.state_dict()
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Puts back what `trained_state` gave, in place."""
+        own = self._own_state()
+        state = {name: _sharding.part(tensor, own.get(name)) for name, tensor in state.items()}
         if self._trains_adapter:
             _adapters.load_adapter_state(self.network, state)
         else:
             self.network.load_state_dict(state)
 
-    def save_adapter(self, folder: str) -> None:
-        """Writes the LoRA as diffusers loads it, or the full UNet under `unet/`."""
+    def save_adapter(self, folder: str, trained: dict[str, Tensor] | None = None) -> None:
+        """Writes the LoRA as diffusers loads it, or the full UNet under `unet/`.
+
+        Args:
+            folder: where to.
+            trained: of a split network what `trained_state` gave; None: what the network holds.
+        """
         if self._trains_adapter:
-            _adapters.save(self.network, self.pipeline_class, folder)
-        else:
-            self.network.save_pretrained(f"{folder}/unet")
+            _adapters.save(self.network, self.pipeline_class, folder, trained)
+            return
+        network = self.network
+        if trained is not None:
+            network = self.parts.blueprint("unet")
+            network.load_state_dict(trained, assign=True)
+        network.save_pretrained(f"{folder}/unet")
 
 
 def _take_memory(network: nn.Module) -> None:

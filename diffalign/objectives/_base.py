@@ -46,6 +46,8 @@ class Objective:
         uses_reference: whether the reference policy is asked.
         noise: "shared": one noise for all images of a group; "independent": one for each.
         undesirable: whether single images that are not preferred are examples too.
+        uneven_passes: the setting, if any, by which micro-batches may take different numbers of passes of the
+            network.
         needs_labels: whether a pair without a label is of no use.
     """
 
@@ -53,6 +55,7 @@ class Objective:
     uses_reference: ClassVar[bool] = True
     noise: Literal["shared", "independent"] = "shared"
     undesirable: ClassVar[bool] = False
+    uneven_passes: str | None = None
     needs_labels: bool = True
 
     def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:

@@ -154,6 +154,11 @@ class Plugin(Objective):
             raise UserError(f"objective.scorers is [{listed}]: name each scorer once")
         self._alike = OneScale({})
 
+    @property
+    def uneven_passes(self) -> str | None:  # type: ignore[override]
+        """One for each image, however many there are."""
+        return "objective.passes=two" if self.passes == "two" else None
+
     def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:
         """Refuses data that is known to lack one of `scorers`; data that says nothing is looked at later."""
         for name in self.scorers if facts else ():

@@ -172,6 +172,11 @@ class Plugin(StabilisedPairs):
                 self.reward_min, self.reward_max, "objective.reward_min and reward_max"
             )
 
+    @property
+    def uneven_passes(self) -> str | None:  # type: ignore[override]
+        """An inversion takes as many as the timesteps ask for."""
+        return None if self.inversion == "none" else f"objective.inversion={self.inversion}"
+
     def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:
         """Takes scale and range from the data, or holds those of the recipe against them.
 

@@ -16,6 +16,7 @@ NOT_IDENTITY = (
     "checkpoint",
     "samples",
     "trackers",
+    "shard",
     "loader.num_workers",
     "reference.store",
     "validation.every",

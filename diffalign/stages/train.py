@@ -76,6 +76,7 @@ def train(
     stop_when: dict[str, StopRule] | None = None,
     trackers: list[str] = ["tensorboard"],  # noqa: B006  # it is only read
     compile: bool = False,
+    shard: bool = False,
     num_steps: int = 1000,
     accumulation: int = 1,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -112,6 +113,11 @@ def train(
         trackers: where the numbers go beside metrics.jsonl: tensorboard, wandb, trackio, comet_ml, aim,
             mlflow, clearml, dvclive, swanlab; each is set up by its own environment variables.
         compile: compile the network's repeated blocks with torch.compile; each shape costs minutes once.
+        shard: split the network, its frozen copy, gradients and optimizer over the processes (torch's FSDP2
+            `fully_shard`), of which there must be several: each holds its part of the weights and puts one
+            block at a time together. With adapter.kind=full and precision=bf16 also set
+            model.gradient_checkpointing=true: else bf16 copies of all weights are kept for the backward pass.
+            A run may go on without it, and in another number of processes.
         num_steps: optimizer steps.
         accumulation: micro-batches of `loader.batch_size` groups in one optimizer step.
         precision: of the forward and backward pass; errors and losses are float32 in any case.
@@ -151,7 +157,7 @@ def _train(
     from diffalign.training.optimizers import check_optimizer
     from diffalign.training.setup import accelerator_for
 
-    accelerator = accelerator_for(settings.precision)
+    accelerator = accelerator_for(settings.precision, shard=settings.shard)
     if not accelerator.is_main_process:
         progress.silence()
     check_optimizer(settings.optimizer)
@@ -243,6 +249,12 @@ def _check_objective(objective: Objective, settings: Settings) -> None:
     for key, value in (("mode", settings.reference.mode), ("store", settings.reference.store)):
         if value not in (None, "frozen") and not objective.uses_reference:
             raise UserError(f"reference.{key}={value}: objective={name} has no reference; leave it out")
+    uneven = "pictures of its own" if on_policy else objective.uneven_passes
+    if settings.shard and uneven is not None:
+        raise UserError(
+            "shard=true: all processes must run the network equally often, which they may not with "
+            f"objective={name} and {uneven}: use another, or shard=false"
+        )
     if settings.reference.store is not None and on_policy:
         raise UserError(f"reference.store: objective={name} draws its own pictures; leave it out")
     if settings.reference.mode != "frozen" and settings.validation.share > 0.0:
@@ -309,4 +321,6 @@ def _set_up(
     )
     if settings.compile:
         model.compile_blocks()
+    if settings.shard:
+        model.shard()
     return Watch(settings, heldout, embedded, folder, accelerator)

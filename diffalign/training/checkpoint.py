@@ -84,6 +84,11 @@ def load_latest(out: Path, *, identity: str) -> Checkpoint | None:
     )
 
 
+def latest_trained(out: Path) -> dict[str, Tensor]:
+    """What training had changed by the newest checkpoint below `out`, on the CPU."""
+    return load_file(_folders(out)[-1] / TRAINED_FILE)
+
+
 def _folders(out: Path) -> list[Path]:
     found = sorted((out / FOLDER).glob("step-*")) if (out / FOLDER).is_dir() else []
     return [folder for folder in found if (folder / MANIFEST_FILE).is_file()]

@@ -31,6 +31,7 @@ from diffalign.common.progress import Progress, say
 from diffalign.data.batches import Batch
 from diffalign.diffusion.likelihood import Draws
 from diffalign.models._base import Model
+from diffalign.models._sharding import whole
 from diffalign.objectives._base import Objective
 from diffalign.training import checkpoint as checkpoints
 from diffalign.training.checks import finite_sum, step_zero
@@ -39,7 +40,7 @@ from diffalign.training.ema import Average
 from diffalign.training.feed import Feed
 from diffalign.training.health import Health
 from diffalign.training.metrics import MetricsLog
-from diffalign.training.optimizers import learning_rate, make_optimizer
+from diffalign.training.optimizers import learning_rate, load_optimizer, make_optimizer
 from diffalign.training.ranks import Ranks
 from diffalign.training.specs import Settings
 from diffalign.training.stop import StopRules
@@ -133,8 +134,8 @@ def fit(run: Run) -> dict[str, Any]:
     """
     state = _start(run)
     with closing(_metrics_log(run, state)) as log:
-        if state.step == 0 and run.ranks.is_main:
-            run.watch.look(run.model, 0, log, run.average.in_place)
+        if state.step == 0:
+            _look(run, state, log, last=False)
         _steps(run, state, log)
     if state.counters["empty_steps"] == state.step > 0:
         raise UserError(f"all {state.step} steps taught nothing: {run.feed.why_empty}")
@@ -190,7 +191,7 @@ def _metrics_log(run: Run, state: _State) -> MetricsLog:
 
 def _look(run: Run, state: _State, log: MetricsLog, *, last: bool) -> None:
     """Measures what is due, on the averaged weights where there are some."""
-    if run.ranks.is_main:
+    if run.ranks.is_main or run.settings.shard:  # all processes of a split network run it equally often
         run.watch.look(run.model, state.step, log, run.average.in_place, last=last)
 
 
@@ -218,7 +219,7 @@ def _start(run: Run) -> _State:
     # A step is as large as before, however many processes share it now.
     state.accumulation = run.ranks.part_of(found.position // found.step)
     run.model.load_trained_state(found.trained)
-    state.optimizer.load_state_dict(found.state["optimizer"])
+    load_optimizer(state.optimizer, found.state["optimizer"], state.parameters)
     run.average.load_state_dict(found.state["average"])
     state.rules.load_state_dict(found.state["rules"])
     run.objective.load_state_dict(found.state["objective"])
@@ -248,16 +249,18 @@ def _save(run: Run, state: _State) -> None:
         for line in state.rules.unseen():
             say(line)
     state.saved = state.step
-    feed = run.feed.state_dict()  # asked of every process: what it holds may be spread over them
+    # Asked of every process: what they hold may be spread over them.
+    feed, trained = run.feed.state_dict(), run.model.trained_state()
+    optimizer = whole(state.optimizer.state_dict())
     if not run.ranks.is_main:
         return
     scaler = run.accelerator.scaler
     checkpoint = checkpoints.Checkpoint(
         step=state.step,
         position=state.position,
-        trained=run.model.trained_state(),
+        trained=trained,
         state={
-            "optimizer": state.optimizer.state_dict(),
+            "optimizer": optimizer,
             "average": run.average.state_dict(),
             "rules": state.rules.state_dict(),
             "objective": run.objective.state_dict(),
@@ -314,8 +317,7 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]], n
             if state.step == index == 0:
                 state.step_zero = step_zero(objective, output, run.settings)
         except UserError as error:
-            failure = error
-            break
+            failure = failure or error  # and go on: others may wait for this process in each pass
         objective.backward(output, 1.0 / num_groups, run.accelerator.backward)
         state.health.add(output.loss, output.logs)
         logs.append(output.logs)
@@ -324,8 +326,8 @@ def _optimizer_step(run: Run, state: _State, micro: list[tuple[Batch, Draws]], n
     if run.accelerator.scaler is not None and not micro:  # it must have seen a loss before it can unscale
         run.accelerator.scaler.scale(torch.zeros((), device=run.accelerator.device))
     ranks.sum_gradients(state.parameters)
-    norm = run.accelerator.clip_grad_norm_(state.parameters, run.settings.optimizer.max_grad_norm or math.inf)
-    _step_unless_non_finite(run, state, float(norm))
+    norm = ranks.clip_gradients(state.parameters, run.settings.optimizer.max_grad_norm)
+    _step_unless_non_finite(run, state, norm)
     return ranks.total(total) / num_groups
 
 
@@ -378,8 +380,10 @@ def finish(run: Run, card: str) -> Path:
             temporary.mkdir()
             run.model.save_adapter(str(temporary))
     folder = run.out / "adapter"
+    # No process has all of a split network, but the last checkpoint is whole, and of the last step.
+    trained = checkpoints.latest_trained(run.out) if run.settings.shard else None
     with run.average.in_place(), files.atomic_path(folder) as temporary:
         temporary.mkdir()
-        run.model.save_adapter(str(temporary))
+        run.model.save_adapter(str(temporary), trained)
         files.write_text(temporary / "README.md", card)
     return folder

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffalign.common.errors import UserError, brief
+from diffalign.models._sharding import part
 from diffalign.training.specs import OptimizerSpec
 
 
@@ -52,6 +53,20 @@ def make_optimizer(spec: OptimizerSpec, parameters: Sequence[nn.Parameter]) -> t
         parameters, lr=spec.lr, betas=betas, eps=spec.eps, weight_decay=spec.weight_decay
     )
     return made
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+    """Puts back a whole `state_dict`; of parameters that are split over processes this one's part."""
+
+    def own(value: Any, parameter: nn.Parameter) -> Any:  # a moment is as large as its parameter
+        is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        return part(value, parameter) if is_moment else value
+
+    parts = {
+        number: {name: own(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": parts})
 
 
 def learning_rate(spec: OptimizerSpec, step: int, num_steps: int) -> float:

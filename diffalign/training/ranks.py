@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffalign.common.errors import UserError, brief
+from diffalign.models._sharding import is_split
 
 
 def launched() -> int:
@@ -119,7 +121,7 @@ class Ranks:
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces every gradient by the sum over processes; one that is missing counts as 0."""
-        if self.count == 1:
+        if self.count == 1 or is_split(parameters[0]):  # those of a split network are sums already
             return
         for parameter in parameters:
             if parameter.grad is None:
@@ -130,6 +132,11 @@ class Ranks:
             pieces = flat.split([gradient.numel() for gradient in bucket])
             for gradient, piece in zip(bucket, pieces, strict=True):
                 gradient.copy_(piece.view_as(gradient))
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        """Scales the gradients down to a global norm (0: never); returns the one that they had."""
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm or math.inf)
+        return float(norm.full_tensor() if is_split(norm) else norm)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

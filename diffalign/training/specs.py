@@ -285,6 +285,7 @@ class Settings:
     stop_when: dict[str, StopRule] | None = None
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     compile: bool = False
+    shard: bool = False
     num_steps: int = 1000
     accumulation: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -302,3 +303,19 @@ class Settings:
         for name in self.trackers:
             if name not in TRACKERS:
                 raise unknown("tracker", name, TRACKERS)
+        if self.shard:
+            self._refuse_with_shard()
+
+    def _refuse_with_shard(self) -> None:
+        """Refuses what would need whole weights, or takes more passes in one process than in another."""
+        kind, decay, reference = self.optimizer.kind, self.ema.decay, self.reference
+        for refused, setting, instead in (
+            (self.precision == "fp16", "precision=fp16", "precision=bf16"),
+            (self.compile, "compile=true", "compile=false"),
+            (kind != "adamw", f"optimizer.kind={kind}", "optimizer.kind=adamw"),
+            (decay > 0.0, f"ema.decay={decay:g}", "ema.decay=0"),
+            (reference.mode != "frozen", f"reference.mode={reference.mode}", "reference.mode=frozen"),
+            (reference.store is not None, f"reference.store={reference.store}", "reference.store=null"),
+        ):
+            if refused:
+                raise UserError(f"shard=true does not go with {setting}: use {instead}, or shard=false")

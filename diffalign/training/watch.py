@@ -113,6 +113,8 @@ class Watch:
         finally:
             model.drop_encoders()
             network.train(was_training)
+        if not self.accelerator.is_main_process:  # it has only helped to draw
+            return
         with files.atomic_path(self.out / "samples" / f"step-{step:08d}.png") as temporary:
             side_by_side(pictures).save(temporary, format="PNG")
 

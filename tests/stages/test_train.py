@@ -190,6 +190,13 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
             "reference.mode=ema validation.share=0.5",
             "reference.mode=ema: held-out accuracy needs the reference of step 0",
         ),
+        (
+            "shard=true objective=rankdpo objective.passes=two",
+            "equally often, which they may not with objective=rankdpo and objective.passes=two: use another",
+        ),
+        ("shard=true objective=smpo", "with objective=smpo and objective.inversion=renoise: use another"),
+        ("shard=true objective=dragon", "with objective=dragon and pictures of its own: use another"),
+        ("shard=true", "over several processes, and this is one: start it with torchrun"),
         ("validation.share=0.0001", "leaves 6 training and 0 held-out examples"),
         ("data.max_bad_share=0.05", "max_bad_share=0.05"),
         ("model.vae=/nowhere", "model.vae /nowhere does not exist"),

@@ -84,6 +84,17 @@ class Overflowing(Saboteur):
         return Output(output.loss + (output.loss - output.loss.detach()).sqrt(), output.logs)
 
 
+@dataclass
+class CountingPasses(DPO):
+    """Counts its backward passes."""
+
+    passes: int = 0
+
+    def backward(self, *arguments: Any) -> None:
+        self.passes += 1
+        super().backward(*arguments)
+
+
 def newest(out: Path) -> Checkpoint:
     found = load_latest(out, identity="this run")
     assert found is not None
@@ -177,10 +188,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(
         means[2 * example + 1] = means[2 * example + 1].clone()
         means[2 * example + 1][0, 0, 0] = torch.nan
     broken = EncodedSet(train_set.examples, means, *_rest(train_set))
-    run = make_run(model, broken, tmp_path, loader=LoaderSpec(batch_size=7), accumulation=2)
+    objective = CountingPasses(beta=2000.0)
+    given = {"loader": LoaderSpec(batch_size=7), "accumulation": 2, "objective": objective}
+    run = make_run(model, broken, tmp_path, **given)
     before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
     with pytest.raises(NonFiniteLoss) as error:
         loop.fit(run)
+    assert objective.passes == 2  # other processes of a split network wait for this one in each
     found = str(error.value)
     assert (
         found.startswith("the loss at step 0 is not finite for row-") and "weights were not touched" in found

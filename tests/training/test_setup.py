@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from diffalign.common.errors import UserError
+from diffalign.training import setup
 from diffalign.training.setup import accelerator_for
 
 
@@ -32,10 +34,24 @@ def test_a_launcher_that_asks_for_split_weights_is_refused(
     variable: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=rf"^{name} was asked for \({variable}\), but here each process"):
+    with pytest.raises(UserError, match=rf"^{name} was asked for \({variable}\), but .* use shard=true$"):
         accelerator_for("fp32")
     monkeypatch.setenv(variable, "false")
     assert accelerator_for("fp32").num_processes == 1
+
+
+def test_a_network_is_not_split_over_one_process() -> None:
+    with pytest.raises(
+        UserError, match=r"^shard=true splits the network over several .* or use shard=false$"
+    ):
+        accelerator_for("fp32", shard=True)
+
+
+def test_autocast_keeps_no_copies_of_a_split_network() -> None:
+    for shard in (False, True):
+        AcceleratorState._reset_state()
+        with setup._accelerator("bf16", shard).autocast():
+            assert torch.is_autocast_cache_enabled() is not shard
 
 
 def test_a_launcher_does_not_change_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,15 @@ import pytest
 
 from diffalign.common.errors import UserError
 from diffalign.training.optimizers import learning_rate
-from diffalign.training.specs import CheckpointSpec, OptimizerSpec, ReferenceSpec, SampleSpec, ValidationSpec
+from diffalign.training.specs import (
+    CheckpointSpec,
+    EmaSpec,
+    OptimizerSpec,
+    ReferenceSpec,
+    SampleSpec,
+    Settings,
+    ValidationSpec,
+)
 
 
 def rates(num_steps: int, **options: Any) -> list[float]:
@@ -81,3 +89,23 @@ def test_a_key_that_the_references_mode_does_not_read_is_refused(
     with pytest.raises(UserError, match=message):
         ReferenceSpec(**options)
     ReferenceSpec(mode="ema", every=5, decay=0.5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"precision": "fp16"}, "precision=fp16: use precision=bf16"),
+        ({"compile": True}, "compile=true: use compile=false"),
+        (
+            {"optimizer": OptimizerSpec(kind="adafactor")},
+            "optimizer.kind=adafactor: use optimizer.kind=adamw",
+        ),
+        ({"ema": EmaSpec(decay=0.9)}, "ema.decay=0.9: use ema.decay=0"),
+        ({"reference": ReferenceSpec(mode="refresh")}, "reference.mode=refresh: use reference.mode=frozen"),
+        ({"reference": ReferenceSpec(store="errors")}, "reference.store=errors: use reference.store=null"),
+    ],
+)
+def test_what_a_split_network_cannot_do_is_refused(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^shard=true does not go with {said}, or shard=false$"):
+        Settings(shard=True, **setting)
+    Settings(shard=False, **setting)
