@@ -23,7 +23,8 @@ BAD_REASONS = (
 HINTS = {
     "tie": "data.ties=soft trains ties too, where the objective can",
     "unlabelled": "give labelled rows, or make pairs with diffalign pair",
-    "no_score": "score the pictures with the scorer that the objective reads, then pair them again",
+    "no_score": "score the pictures with the scorer that the objective reads, then pair them again; "
+    "rankdpo reads people's ranks with objective.phi=rank",
     "equal_scores": "use a finer scorer, or pictures that differ more",
     "single_picture": "draw several pictures a prompt, then pair how=lists",
     "too_much_cropped": "preprocess.buckets=aspect crops less, preprocess.max_crop=1 keeps all",
@@ -87,6 +88,10 @@ class Tally:
         if share <= max_share:
             return
         groups = [f"{len(names)} {reason} ({_some(names)})" for reason, names in self.bad.items()]
+        fine = {reason: names for reason, names in self.dropped.items() if reason not in BAD_REASONS}
+        others = [f"{len(names)} {reason}" for reason, names in fine.items()]
+        if others and not self.used:  # repairing the bad rows would not be enough
+            groups.append(f"and no other is usable, {' and '.join(others)}")
         raise UserError(
             f"{self.what}: {share:.1%} of the rows that could be used are bad, "
             f"more than max_bad_share={max_share:g}: "

@@ -1,10 +1,10 @@
-"""Scored pictures on their way to preferences: read, checked, grouped, counted. For `pair`."""
+"""Judged pictures on their way to preferences: read, checked, grouped, counted. For `pair`."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from diffalign.data.records import Candidate, Record
 
 SCORES = "scores.jsonl"
+
+PEOPLE = {"rank": False, "votes": True}
+"""Fields of a candidate that pictures can be compared by instead of scores: whether higher is better."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Row:
 class Drops:
     """What was left out, by reason.
 
-    Pictures: no_score, nan_score. Prompts or records: single_picture; bad_text, missing_image and
-    corrupt_image of data that is labelled anew. Pairs and lists: tie, over_max_pairs.
+    Pictures: no_score, nan_score; no_rank and no_votes, which are a record's where none of its pictures has
+    any. Prompts or records: single_picture; bad_text, missing_image and corrupt_image of data that is
+    labelled anew. Pairs and lists: tie, over_max_pairs.
     """
 
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -64,7 +68,7 @@ class Drops:
 
 @dataclass
 class Picture:
-    """A scored picture: its row's id, the candidate, the deciding scores (higher is better) and its meta."""
+    """A judged picture: its row's id, the candidate, what decides (higher is better) and its meta."""
 
     id: str
     candidate: Candidate
@@ -79,7 +83,7 @@ class Group:
 
     Attributes:
         prompt: what they are of.
-        pictures: those that all deciding scorers have a finite score for, in the order of the file.
+        pictures: those that have all of what decides, in the order of the file.
         record: that they come from; None where they were grouped by prompt.
     """
 
@@ -201,6 +205,49 @@ def groups_of_records(records: Iterable[Record], directions: dict[str, bool], dr
     return groups
 
 
+def groups_by_people(records: Iterable[Record], name: str, drops: Drops) -> list[Group]:
+    """Returns the pictures of each record that has any with `name`, one of PEOPLE; they are left as they are.
+
+    `drops` counts records and pictures without it (and ranks that are no number).
+    """
+    groups = []
+    sign = 1.0 if PEOPLE[name] else -1.0
+    for record in records:
+        values = [_said(candidate, name) for candidate in record.candidates]
+        if all(value is None for value in values):
+            drops.add(f"no_{name}", record.id)
+            continue
+        pictures = []
+        for place, (candidate, value) in enumerate(zip(record.candidates, values, strict=True)):
+            if value is None:
+                drops.add(f"no_{name}", f"{record.id}:{place}")
+            else:
+                pictures.append(Picture(f"{record.id}:{place}", candidate, {name: sign * value}))
+        groups.append(Group(record.prompt, pictures, record))
+    return groups
+
+
+def known_of(records: Iterable[Record], wanted: Collection[str]) -> list[str]:
+    """Returns what pictures can be compared by, sorted: the scorers' names, and "rank" and "votes".
+
+    It reads no further than until all `wanted` ones have been seen.
+    """
+    known: set[str] = set()
+    for record in records:
+        for candidate in record.candidates:
+            known.update(name for name in candidate.scores if name not in PEOPLE)
+            known.update(name for name in PEOPLE if _said(candidate, name) is not None)
+        if known.issuperset(wanted):
+            break
+    return sorted(known)
+
+
+def _said(candidate: Candidate, name: str) -> float | None:
+    """Returns the field as a finite number, or None."""
+    value: float | None = getattr(candidate, name)
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
 def _picture(name: str, candidate: Candidate, directions: dict[str, bool], drops: Drops) -> Picture | None:
     """Returns the picture with its deciding scores; None, and counted, where one of them is missing."""
     scores = candidate.scores
@@ -235,6 +282,7 @@ def score_facts(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     own scale. A scorer that does not decide and whose scores cannot be compared is said and left out.
     """
     from diffalign.common.progress import say
+    from diffalign.data import writers
 
     candidates = {
         (record.prompt, candidate.extra.get("id"), candidate.image.path): candidate
@@ -243,24 +291,13 @@ def score_facts(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     }
     facts: dict[str, dict[str, Any]] = {}
     for name in sorted({name for candidate in candidates.values() for name in candidate.scores}):
-        scored = [candidate for candidate in candidates.values() if name in candidate.scores]
-        values = [candidate.scores[name].value for candidate in scored]
-        values = [value for value in values if math.isfinite(value)]
-        if not values:
-            continue
+        scores = [one.scores[name] for one in candidates.values() if name in one.scores]
         try:
-            higher_is_better = direction(scored, name)
+            higher_is_better = direction(candidates.values(), name)
         except UserError as error:
             say(f"pair: left out of the manifest: {error}")
             continue
-        score = scored[0].scores[name]
-        facts[name] = {
-            "scale": score.scale,
-            "version": score.version,
-            "higher_is_better": higher_is_better,
-            "n": len(values),
-            "min": min(values),
-            "max": max(values),
-            "mean": math.fsum(values) / len(values),
-        }
+        values = [score.value for score in scores]
+        found = writers.score_facts(scores[0].scale, scores[0].version, higher_is_better, values)
+        facts |= {} if found is None else {name: found}
     return facts

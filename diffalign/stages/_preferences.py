@@ -1,4 +1,4 @@
-"""Groups of scored pictures to preference records: pairs or ranked lists, labelled by scorers."""
+"""Groups of judged pictures to preference records: pairs or ranked lists, labelled by scorers or people."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ JUDGED = ("label", "rank", "votes")
 
 
 def preferences(
-    groups: Sequence[Group], judges: Judges | None, names: Sequence[str], how: Mapping[str, Any], drops: Drops
+    groups: Sequence[Group], judges: Judges | None, source: str | None, how: Mapping[str, Any], drops: Drops
 ) -> Iterator[Record]:
     """Yields the preference records, group after group.
 
     Args:
         groups: what is compared.
-        judges: who decides; None for lists that have no rank.
-        names: of all scorers that count.
+        judges: who decides; None for lists that are not ranked here.
+        source: of the records that scorers label; None: people's ranks or votes decide, and stay in the
+            records, whose source stays too.
         how: the keys how, ties, max_pairs and seed of `pair`.
         drops: counts what is left out.
     """
-    from diffalign.data.records import BY_SCORERS
-
-    source = BY_SCORERS + "+".join(names)
     for group in groups:
         pictures = group.pictures
         if len(pictures) < 2:
@@ -49,7 +47,7 @@ def preferences(
 
 
 def _pairs(
-    group: Group, judges: Judges, source: str, how: Mapping[str, Any], drops: Drops
+    group: Group, judges: Judges, source: str | None, how: Mapping[str, Any], drops: Drops
 ) -> Iterator[Record]:
     """Yields the pairs of a group."""
     every = how["how"] == "all_pairs"
@@ -88,12 +86,16 @@ def _extremes(pictures: Sequence[Picture], judges: Judges) -> tuple[Picture, Pic
 
 
 def _record(
-    group: Group, pictures: Sequence[Picture], judged: Sequence[Mapping[str, Any]], source: str
+    group: Group, pictures: Sequence[Picture], judged: Sequence[Mapping[str, Any]], source: str | None
 ) -> Record:
     """Returns the record of some pictures of a group; `judged` holds what each one is given."""
     from diffalign.data.records import Record
 
     pairs = zip(pictures, judged, strict=True)
+    if source is None:
+        assert group.record is not None
+        candidates = [_labelled(picture.candidate, group.record, given) for picture, given in pairs]
+        return replace(group.record, id=_name(group, pictures), candidates=candidates)
     if group.record is not None:
         before = group.record
         return replace(
@@ -127,12 +129,17 @@ def _given(candidate: Candidate, judged: Mapping[str, Any]) -> Candidate:
     return replace(candidate, label=judged.get("label"), rank=judged.get("rank"), votes=judged.get("votes"))
 
 
-def _set_aside(candidate: Candidate, record: Record) -> Candidate:
+def _labelled(candidate: Candidate, record: Record, given: Mapping[str, Any]) -> Candidate:
+    """Returns the candidate as it is, but for the label that it is given, if any."""
+    return replace(_set_aside(candidate, record, tuple(given)), **given)
+
+
+def _set_aside(candidate: Candidate, record: Record, fields: Sequence[str] = JUDGED) -> Candidate:
     """Returns the candidate whose judgement is kept as human_label (human_rank, human_votes).
 
     Where scorers gave it, it is called old_label: people's own, kept before, stays what it is.
     """
     whose = "old" if record.labelled_by_scorers else "human"
-    before = {name: getattr(candidate, name) for name in JUDGED}
+    before = {name: getattr(candidate, name) for name in fields}
     kept = {f"{whose}_{name}": value for name, value in before.items() if value is not None}
     return replace(candidate, extra={**candidate.extra, **kept})

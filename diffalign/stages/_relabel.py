@@ -6,7 +6,6 @@ batch, and a run that was killed goes on with it.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffalign.common import files
 from diffalign.common.errors import UserError
 from diffalign.common.progress import Progress
-from diffalign.data.pictures import BadImage, ImageRef, digest
+from diffalign.data.pictures import BadImage, ImageRef, digest, usual_suffix
 from diffalign.data.records import BadLabel, Candidate, Record, read_lines
 from diffalign.evaluation.agreement import accuracy, judged_pairs, mean_interval
 from diffalign.stages._grouping import Drops, Group
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 SCORED = "scored.jsonl"
 PICTURES = "images"
-SUFFIXES = {"JPEG": "jpg", "TIFF": "tif"}
-"""Pillow's name of a format -> its usual suffix, where that is another word."""
 
 
 def write_scored(
@@ -120,23 +117,11 @@ def keep_picture(image: ImageRef, folder: Path) -> ImageRef:
         return image
     content = image.read()
     name = digest(content).hex()
-    path = folder / name[:2] / f"{name}.{_suffix(content, image.name)}"
+    path = folder / name[:2] / f"{name}{usual_suffix(content, image.name)}"
     if not path.is_file():
         with files.atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return ImageRef(path=path, name=image.name)
-
-
-def _suffix(content: bytes, name: str) -> str:
-    """Returns the usual suffix of an encoded picture's format."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            kind = str(picture.format)
-    except Exception as error:  # Pillow reports broken headers through many classes
-        raise BadImage(name, "corrupt_image", "is no picture in a known format") from error
-    return SUFFIXES.get(kind, kind.lower())
 
 
 def agreement_with_people(groups: Sequence[Group], judges: Judges) -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """What decides between two pictures of a prompt: one scorer by its margin, or several by vote.
 
+Ranks or votes that people gave decide like one scorer; their margin counts ranks or votes.
+
 Of two pictures every scorer votes for the one that it scores higher. A difference below the scorer's margin,
 and always an exact tie, is a vote for neither, and half a vote for each in the share of votes.
 """

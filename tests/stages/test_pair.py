@@ -224,7 +224,7 @@ def test_another_stages_folder_is_left_alone(tmp_path: Path) -> None:
         (
             [picture("p0", "cat", 1)],
             ("how=lists",),
-            r"no list out of 1 prompts \(1 single_picture\): score several",
+            r"no list out of 1 prompts \(1 single_picture\): give several",
         ),
         ([picture("p0", "cat", 1, scores={})], ("how=lists",), "holds no scores: score the pictures first"),
     ],

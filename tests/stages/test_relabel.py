@@ -247,6 +247,27 @@ def test_what_cannot_be_labelled_is_refused(
     assert not (tmp_path / "out" / "preferences.jsonl").exists()
 
 
+def test_scorers_that_were_forgotten_leave_no_folder_in_the_way(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"train\.parquet holds no scores, ranks or votes: give scorers=\[\.\.\.\] to make"
+    ):
+        run(tmp_path)
+    assert not (tmp_path / "out").exists() and run(tmp_path, "scorers=[jpeg]")
+
+
+def test_nothing_is_written_where_every_file_is_data(tmp_path: Path) -> None:
+    """Folders of ranked lists: `out` would be the next list."""
+    for name in ("a cat", "a dog"):
+        (tmp_path / "lists" / name).mkdir(parents=True)
+        for rank, content in enumerate((MUCH, FLAT), start=1):
+            (tmp_path / "lists" / name / f"rank_{rank}.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"out=.* lies in the folder of the data \(.*lists\): choose another"):
+        run(tmp_path, "scorers=[jpeg]", f"out={tmp_path / 'lists' / 'out'}", data="folder", path="lists")
+    assert len(run(tmp_path, "scorers=[jpeg]", data="folder", path="lists")) == 2
+    beside = run(tmp_path, "scorers=[jpeg]", f"out={tmp_path / 'out' / 'again'}", data="jsonl", path="out")
+    assert len(beside) == 2  # of a jsonl one file is read, whatever lies beside it
+
+
 def test_the_folder_of_the_data_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write_jsonl(tmp_path / "out" / "preferences.jsonl", [{"id": "a", "prompt": "p", "candidates": []}])
