@@ -26,7 +26,7 @@ Examples:
     diffalign pair images=scored out=lists how=lists
     diffalign pair data=pickapic data.path=pickapic_v2/data data.split=train scorers=[pickscore] \\
         out=relabelled
-    diffalign pair data=imagereward data.path=ImageRewardDB/train out=pairs how=all_pairs
+    diffalign pair data=imagereward data.path=test.json out=pairs how=all_pairs
     diffalign pair data=hpd data.path=HPDv2/test.json data.images=HPDv2/test out=pairs by=rank margin=2
 """
 
