@@ -104,16 +104,20 @@ class Fitter:
         """The group, cut. Unusable where it would lose too much; UserError for sizes that tell the label."""
         if self.spec.size_conditioning == "per_image" and len(group.images) > 1:
             raise UserError("preprocess.size_conditioning=per_image gives labels away in groups: use target")
-        variants, size = [], (0, 0)
-        for variant in range(self.variants):
-            key = (self.seed, group.id, variant) if variant else (self.seed, group.id)
-            try:
-                placement = place(group.images, self.sizes, self.spec, *key)
-            except TooMuchCropped as error:
-                raise Unusable("too_much_cropped") from error
-            size = placement.size
-            variants.append(tuple(self._cut(picture, placement) for picture in group.images))
-        return Fitted(replace(group, images=()), size, tuple(variants))
+        try:
+            placements = [self._place(group, variant) for variant in range(self.variants)]
+        except TooMuchCropped as error:
+            raise Unusable("too_much_cropped") from error
+        variants = (tuple(self._cut(picture, where) for picture in group.images) for where in placements)
+        return Fitted(replace(group, images=()), placements[0].size, tuple(variants))
+
+    def _place(self, group: Group, variant: int) -> Placement:
+        """A crop of its own for each variant; every second one is mirrored, where flips are wanted."""
+        first = place(group.images, self.sizes, self.spec, self.seed, group.id)
+        if not variant:
+            return first
+        drawn = place(group.images, self.sizes, self.spec, self.seed, group.id, variant)
+        return replace(drawn, flip=self.spec.flip and first.flip != bool(variant % 2))
 
     def _cut(self, picture: Image.Image, placement: Placement) -> Cut:
         pixels, corner = fit(picture, placement)

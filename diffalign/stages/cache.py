@@ -71,8 +71,8 @@ def cache(
         preprocess: how pictures are fitted to the network.
         posterior: sample: keep mean and standard deviation of the latents, so that each epoch can draw anew;
             mean: keep the mean only, half the size; trained on with loader.posterior=mean.
-        variants: crops and flips kept of each group, which take turns; they differ with
-            preprocess.crop=random or preprocess.flip=true.
+        variants: crops and flips kept of each group, which take turns: with preprocess.crop=random each has a
+            crop of its own, with preprocess.flip=true every second one is mirrored.
         dtype: fp16 halves the size of latents and embeddings that are fp32; fp32 keeps them as they are.
         pack_mb: megabytes of latents and embeddings in a file; a kill loses at most one.
         ignore_disk: begin although the disk looks too small: the estimate takes every picture for a new one.

@@ -14,6 +14,7 @@ from diffalign.common.errors import UserError
 from diffalign.data.buckets import PreprocessSpec
 from diffalign.data.encoded import EncodedSet, ratings
 from diffalign.data.encoding import encode as encode_groups
+from diffalign.data.encoding import fitter
 from diffalign.data.pictures import ImageRef
 from diffalign.data.records import Candidate, Score
 from diffalign.data.select import Group
@@ -156,3 +157,14 @@ def test_the_batch_size_of_encoding_does_not_matter(encoder: Any) -> None:
     assert [example.images for example in one.examples] == [example.images for example in many.examples]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one.means, many.means, strict=True))
     assert {tuple(mean.shape) for mean in one.means} == {(4, 12, 20), (4, 16, 16)}
+
+
+def test_two_variants_are_each_picture_and_its_mirror(encoder: Any) -> None:
+    """Whatever the draw of the first: a fixed pair of variants would leave half of the groups without one."""
+    make = fitter(encoder, PreprocessSpec(flip=True), seed=0, variants=2)
+    groups = [make_pair(f"row-{number}", images=(picture(1), picture(2))) for number in range(8)]
+    first = [make(group).variants[0][0].pixels for group in groups]
+    assert len({pixels.numpy().tobytes() for pixels in first}) == 2
+    for group in groups:
+        one, other = make(group).variants
+        assert all(torch.equal(a.pixels, b.pixels.flip(2)) for a, b in zip(one, other, strict=True))
