@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign.common import files
+from diffalign.data.cache import open_cache
 from diffalign.data.pictures import ImageRef
 from diffalign.data.records import Candidate, Record, write_records
 from diffalign.demo import embedded
@@ -51,6 +52,7 @@ def main() -> int:
     checks: dict[str, bool] = {}
     cells = [(kind, precision) for kind in ("lora", "full") for precision in BARS]
     distances = [(*cell, compared(out, *cell)) for cell in cells]
+    distances += [(f"{kind}, shard=true", "fp32", sharded(out, kind)) for kind in ("lora", "full")]
     for kind, precision, distance in distances:
         checks[f"{kind}, {precision}: 2 x 4 is 1 x 8 to {BARS[precision]:g}"] = distance <= BARS[precision]
     resumed = resume(out)
@@ -170,6 +172,14 @@ def compared(out: Path, kind: str, precision: str) -> float:
     return distance(*ends, start)
 
 
+def sharded(out: Path, kind: str) -> float:
+    """The distance of a run whose network is split over two processes from that of one process."""
+    name = f"{kind}-fp32-shard"
+    run(train(out, name, 4, f"adapter.kind={kind}", "shard=true"), two=True)
+    ends = [checkpoint(out / other, STEPS) for other in (f"{kind}-fp32-one", name)]
+    return distance(*ends, start_of(kind))
+
+
 def start_of(kind: str) -> dict[str, torch.Tensor]:
     """What a run trains, at its step 0."""
     from diffalign.models._spec import AdapterSpec
@@ -251,6 +261,7 @@ def stages(out: Path) -> dict[str, bool]:
         draw = [*base(), "prompts=[a red cube, a blue ring, two green cones]", "seeds=[0,1]"]
         draw += ["num_inference_steps=4", "batch_size=2", "device=cpu"]
         run(["check", *data, f"out={place / 'check'}"], two=two)
+        run(["cache", *base(), *data, "device=cpu", f"out={place / 'cache'}"], two=two)
         run(["generate", *draw, f"out={place / 'base'}"], two=two)
         run(["generate", *draw, lora, f"out={place / 'aligned'}"], two=two)
         for side in ("base", "aligned"):
@@ -268,8 +279,16 @@ def stages(out: Path) -> dict[str, bool]:
     reports = [files.read_json(place / "report" / "report.json")["rewards"] for place in (one, two)]
     judged = [files.read_jsonl(place / "implicit" / "implicit.jsonl") for place in (one, two)]
     checked = [files.read_json(place / "check" / "check.json") for place in (one, two)]
+    cached = [(place / "cache" / "records.jsonl").read_bytes() for place in (one, two)]
+    kept = [open_cache(place / "cache").choose()[0] for place in (one, two)]
+    near = [
+        torch.allclose(*(encoded.latents(encoded.example(i, 0).images[0]) for encoded in kept), atol=1e-2)
+        for i in range(PAIRS)
+    ]
     return {
         "check: the same report": checked[0] == checked[1],
+        "cache: the same records in the same order, latents within rounding": cached[0] == cached[1]
+        and all(near),
         "generate: the same pictures, byte for byte": same and len(pictures[one]) == 6,
         "score: the same rows": values[0] == values[1],
         "evaluate: the same numbers": reports[0] == reports[1],
