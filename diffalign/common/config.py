@@ -331,7 +331,11 @@ def _refuse_missing(tree: DictConfig, root: Section) -> None:
     if missing:
         places = {"out": "FOLDER", "path": "PATH"}
         wanted = [f"{key}={places.get(key.rsplit('.', 1)[-1], '...')}" for key in sorted(missing)]
-        raise UserError(f"{root.title} needs {' '.join(wanted)} (see diffalign {root.title} --help)")
+        inside = [root.keys[name].section for name in sorted({key.split(".")[0] for key in missing})]
+        named = "".join(
+            f" {s.title.replace(' ', '=')}" for s in inside if s is not None and s.kind is not None
+        )
+        raise UserError(f"{root.title} needs {' '.join(wanted)} (see diffalign {root.title}{named} --help)")
 
 
 def _build(key: Key, value: Any) -> Any:

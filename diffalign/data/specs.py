@@ -64,7 +64,7 @@ class LoaderSpec:
     """How examples are drawn and put together.
 
     Args:
-        batch_size: groups in a micro-batch.
+        batch_size: groups in a micro-batch; fewer where an epoch has no more of one bucket.
         num_workers: processes that put batches together beside the training.
         caption_dropout: share of groups trained on the branch that classifier-free guidance uses as its
             negative.

@@ -158,6 +158,9 @@ class ExportableModel:
         """A UNet layer's name in the layout that kohya's scripts train this family in."""
         raise NotImplementedError
 
+    def check_single_file(self) -> None:
+        """Refuses a pipeline that other programs would read wrongly from one file of the original layout."""
+
     def original_encoder_state(self) -> dict[str, Tensor]:
         """The text encoders' tensors by the names of the family's published single file."""
         raise NotImplementedError
@@ -211,6 +214,8 @@ class ExportableModel:
         Raises:
             UserError: no such adapter, one for another base, or a pipeline that the layout cannot carry.
         """
+        if single_file:
+            self.check_single_file()
         if adapter is not None:
             read_lora(self.pipeline_class, adapter, self.parts.blueprint("unet"))
             self.load_adapter(adapter, weight=weight)

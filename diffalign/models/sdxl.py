@@ -96,6 +96,15 @@ class SDXL(UNetModel):
         """The original one: kohya's scripts train SDXL in the layout of its file."""
         return _ldm.unet_layer_name(layer, self.parts.config("unet"))
 
+    def check_single_file(self) -> None:
+        """Refuses two text encoders of one width: diffusers (0.42) tells them apart in a file by it alone."""
+        width = self.parts["text_encoder"].config.hidden_size
+        if width == self.parts["text_encoder_2"].config.hidden_size:
+            raise UserError(
+                f"both text encoders of {self.spec.path} are {width} wide, and diffusers would mix them up "
+                "in one file: use single_file=false"
+            )
+
     def original_encoder_state(self) -> dict[str, Tensor]:
         """Both text encoders by the names of the SDXL file."""
         return {

@@ -59,7 +59,7 @@ def evaluate_scorers(
             raise UserError(f"{name}={recipe[name]}: give a number of at least 1")
     ready = {name: scorer.load(pick_device(recipe["device"])) for name, scorer in (scorers or {}).items()}
     tally = Tally(what=data.path)
-    judged, scales = _judge(data, ready, tally, recipe)
+    judged, scales, errors = _judge(data, ready, tally, recipe)
     report = as_report(judged, scales, seed=recipe["seed"])
     text = "\n".join("\n".join([table.title, *table.as_lines(), ""]) for table in tables(report))
     with claim_folder(out, stage="evaluate", recipe=recipe):
@@ -78,25 +78,28 @@ def evaluate_scorers(
     print(text)
     for name, found in report["scorers"].items():
         if not found["pairs"]:
-            raise UserError(
-                f"scorer {name} has no score for any of {len(judged)} pairs: see what is wrong with the "
-                "pictures with diffalign check"
-            )
+            nothing = f"scorer {name} has no score for any of {len(judged)} pairs"
+            if name in errors:
+                raise UserError(f"{nothing} ({errors[name]}): give data that it can judge, or leave it out")
+            raise UserError(f"{nothing}: give scorers=[...] to score the data anew")
     return out / SUMMARY_FILE
 
 
 def _judge(
     data: Source, ready: Mapping[str, Scorer], tally: Tally, recipe: Mapping[str, Any]
-) -> tuple[Judged, dict[str, str]]:
-    """Returns the pairs with the leads of the scorers, and the scale of each scorer."""
+) -> tuple[Judged, dict[str, str], dict[str, str]]:
+    """Returns the pairs with the leads of the scorers, and of each scorer its scale and its first error."""
     judged = Judged()
     values: list[tuple[Candidate, Candidate]] = []  # without pictures
+    errors: dict[str, str] = {}
     by_scorers = 0
     with Progress("judge", recipe["limit"] or data.size(), "records") as progress:
         asked = _judged_records(data, tally, recipe["limit"])
         for batch in score_records(asked, ready, batch_size=recipe["batch_size"]):
             for record in batch:
                 values += _add(judged, record)
+                for candidate in record.candidates if ready else ():
+                    errors = {**candidate.extra.get("errors", {}), **errors}
                 by_scorers += record.labelled_by_scorers
             progress.update(len(batch))
     tally.refuse_if_empty()
@@ -111,7 +114,7 @@ def _judge(
         sign = 1.0 if direction(candidates, name) else -1.0
         judged.leads[name] = [sign * (_value(first, name) - _value(second, name)) for first, second in values]
         scales[name] = next((one.scores[name].scale for one in candidates if name in one.scores), "")
-    return judged, scales
+    return judged, scales, errors
 
 
 def _judged_records(data: Source, tally: Tally, limit: int | None) -> Iterator[Record]:

@@ -15,18 +15,21 @@ LEAK = 0.05
 Row = tuple[str, str]
 
 
-def as_table(report: dict[str, Any]) -> str:
-    """Returns the report for a person; long lists of ids are cut (`json=true` gives them all)."""
+def as_table(report: dict[str, Any], *, drop_overlap: bool = False) -> str:
+    """Returns the report for a person; long lists of ids are cut (`json=true` gives them all).
+
+    `drop_overlap`: the filter leaves out the prompts of the evaluation, so nobody is warned of them.
+    """
     parts = [_rows(report), _problems(report), _pictures(report), _captions(report), _votes(report)]
     lines = [f"{report['path']} ({report['source']})"]
     for part in (*parts, _selection(report)):
         lines += ["", *(f"  {name:<24}{text}".rstrip() for name, text in part)] if part else []
-    for warning in warnings(report):
+    for warning in warnings(report, drop_overlap=drop_overlap):
         lines += ["", warning]
     return "\n".join(lines)
 
 
-def warnings(report: dict[str, Any]) -> list[str]:
+def warnings(report: dict[str, Any], *, drop_overlap: bool = False) -> list[str]:
     """Returns what a person should not overlook, each in a sentence or two."""
     found = []
     share = report["first_preferred_share"]
@@ -35,7 +38,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
             f"The first picture is preferred in {_interval(share)} of the decided pairs: the position tells "
             "the label. Look whether the loader or the file puts the winner in one place."
         )
-    if report["overlap"] is not None and report["overlap"]["rows"]:
+    if not drop_overlap and report["overlap"] is not None and report["overlap"]["rows"]:
         found.append(
             f"{report['overlap']['prompts']:,} prompts of against={report['against']} are in the data: an "
             "evaluation on them is not held out. filter.drop_overlap=true leaves them out."

@@ -144,7 +144,7 @@ class CachedPictures:
         facts = self._cache.facts
         if facts["encoders"] != model.encoder_fingerprint():
             raise UserError(
-                f"cache={self._folder} was made with another VAE or other text encoders than the model's: "
+                f"cache={self._folder} was made with other files of VAE or text encoders than the model's: "
                 "make one with this base"
             )
         if facts["size_multiple"] % model.size_multiple:

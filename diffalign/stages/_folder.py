@@ -9,6 +9,7 @@ from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.common.progress import say
 from diffalign.stages._run import RECIPE, earlier_run
+from diffalign.stages._shares import my_share
 
 NOT_IDENTITY = (
     "out",
@@ -41,7 +42,8 @@ def finished(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
         return None
     steps, stopped = done["summary"]["steps"], done["summary"].get("stopped")
     why = "" if stopped is None else f" (stopped: {stopped})"
-    say(f"{folder} holds this run, finished after {steps} steps{why}; nothing to do")
+    if my_share().index == 0:  # one process speaks for all
+        say(f"{folder} holds this run, finished after {steps} steps{why}; nothing to do")
     summary: dict[str, Any] = done["summary"]
     return summary
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -171,7 +172,13 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
+        if _is_hash(old) and _is_hash(new):
+            return f"{key} changed"
         if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+            if any(
+                isinstance(item, Mapping) for side in (old, new) if isinstance(side, list) for item in side
+            ):
+                return f"{key} changed"
             return f"{key} was {_brief(old)}, now {_brief(new)}"
         if _names_content(old) or _names_content(new):  # numbers that tell nobody anything
             return f"{key} changed"
@@ -183,7 +190,12 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None
 
 def _names_content(value: Mapping[str, Any]) -> bool:
     """Whether this is the identity of a file, or of a source's rows and pictures."""
-    return "sha256" in value or "tail_sha256" in value or str(value.get("name", "")).startswith("sha256=")
+    named = str(value.get("name", "")).startswith("sha256=")
+    return named or bool({"sha256", "tail_sha256", "files"} & value.keys())
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value) is not None
 
 
 def _brief(value: Any) -> str:

@@ -99,7 +99,11 @@ def cache(
         if known is not None:
             say(f"{folder} is complete: nothing to do")
             return dict(known["cache"])
-        _fill(folder, source, share, base, recipe)
+        try:
+            _fill(folder, source, share, base, recipe)
+        except KeyboardInterrupt:
+            say(f"the packs in {folder} are kept; the same command goes on from there")
+            raise
         return _finish(folder, source, share, base, recipe, manifest.recipe_identity(same))
 
 

@@ -83,6 +83,7 @@ def check(
             no row passes.
     """
     from diffalign.common import files
+    from diffalign.common.progress import say
     from diffalign.stages import _check_write
 
     recipe = resolved_recipe(check, locals())
@@ -117,9 +118,11 @@ def check(
 
         print(jsonlib.dumps(files.to_plain(report), indent=2, ensure_ascii=False))
     else:
-        print(as_table(report))
+        print(as_table(report, drop_overlap=filter.drop_overlap))
     if out is not None:
         _write(Path(out), data, census, selection, kind, report, recipe, same)
+    elif selects:
+        say("check: nothing was written: give out=FOLDER")
     return report
 
 

@@ -66,14 +66,14 @@ def export(
         dtype: of the written weights; null: a LoRA as it is stored, a pipeline in fp32.
         single_file: merged, full: one .safetensors file in the original layout (SD 1.x and SDXL).
         other_base: export also for a base that the adapter was not trained on.
-        report: output folder of `evaluate`; the card gets its scores.
+        report: output folder of `evaluate` on pictures of this adapter; the card gets its scores.
         license: of the base, as the hub calls it, for the card; null: unknown.
         push: owner/name on the hub, where the folder is uploaded to; needs a token (`hf auth login`).
         private: the repository that `push` makes is private.
 
     Raises:
-        UserError: no such adapter, one that the format cannot carry or that was trained on another base, or
-            `out` holds something else.
+        UserError: no such adapter, one that the format cannot carry or that was trained on another base, a
+            report about another one, or `out` holds something else.
     """
     from diffalign.common import manifest
     from diffalign.common.files import file_identity, write_text
@@ -88,6 +88,8 @@ def export(
     base, run = loaded.fingerprint(), _run_of(adapter)
     _check_base(adapter, run, base, other_base)
     text = _card(recipe, base, run)
+    if report is not None:
+        _check_report(report, recipe, spec)
     content = file_identity(adapter) if Path(adapter).exists() else adapter
     decides = {key: recipe[key] for key in ("format", "weight", "dtype", "single_file")}
     same = {**decides, "base": base, "adapter": content}
@@ -179,6 +181,80 @@ def _check_base(adapter: str, run: dict[str, Any] | None, base: str, other_base:
                 f"{told}: give that base, or other_base=true to export it for this one all the same"
             )
         say(f"{told}; exported for this one all the same")
+
+
+def _check_report(report: str, recipe: dict[str, Any], spec: ModelSpec) -> None:
+    """Refuses a report on pictures that were not drawn with the adapter; says so where nobody can know."""
+    from diffalign.common.progress import say
+
+    adapter = recipe["adapter"]
+    drawn = _drawn_of(report)
+    same = None if drawn is None else _drawn_with(drawn, adapter, spec)
+    if same is None:
+        say(
+            f"report={report}: nothing says which adapter its pictures were drawn with; make sure that it is "
+            f"{adapter}"
+        )
+    elif not same:
+        raise UserError(
+            f"report={report} is about another adapter than {adapter}: give the evaluate of pictures drawn "
+            "with this one alone"
+        )
+
+
+def _drawn_of(report: str) -> dict[str, Any] | None:
+    """The manifest of `generate` behind the aligned side of a report; None where it is not found."""
+    from diffalign.common import manifest
+    from diffalign.evaluation.provenance import trace
+    from diffalign.stages._image_rows import read_image_rows
+
+    try:
+        entry = (manifest.read_manifest(report) or {})["inputs"]["aligned"]
+        rows_file = entry["path"]
+        if manifest.identities({"": rows_file})[""] != entry:
+            return None  # other pictures lie there by now
+        rows, folder = read_image_rows(rows_file)
+        return trace(rows_file, Path(rows_file), folder / rows[0]["image"]).manifests.get("generate")
+    except (UserError, KeyError, TypeError):  # files of others, or moved ones
+        return None
+
+
+def _drawn_with(drawn: dict[str, Any], adapter: str, spec: ModelSpec) -> bool | None:
+    """Whether pictures were drawn with this adapter and no other; None where that is not known."""
+    from diffalign.common import manifest
+
+    given = drawn["inputs"]
+    uses = [entry for name, entry in given.items() if name.startswith("adapter ")]
+    unet = drawn["recipe"]["model"].get("unet")  # the manifest has its path alone
+    if unet is not None:
+        uses += [manifest.identities({"": unet})[""]]
+    here = {"model": spec.path, "adapter": adapter}
+    own = {name: _content(entry) for name, entry in manifest.identities(here).items()}
+    if not uses:  # of the bare base, or of a pipeline that the adapter may have been merged into
+        return False if _content(given["model"]) == own["model"] else None
+    found = [_content(entry) for entry in uses]
+    if found == [own["adapter"]]:
+        return True
+    # A hub id says nothing of the content, and what `export` wrote may be this adapter in other words.
+    told = all(isinstance(one, list) for one in (*found, own["adapter"]))
+    return False if len(uses) > 1 or (told and not _is_export(uses[0]["path"])) else None
+
+
+def _content(entry: dict[str, Any]) -> Any:
+    """What identifies the weights of an input: its weight files, whatever lies beside them; or its hub id."""
+    if "name" in entry:
+        return entry["name"]
+    if "files" not in entry:
+        return [{key: value for key, value in entry.items() if key != "path"}]
+    return [one for name, one in entry["files"].items() if name.endswith((".safetensors", ".bin"))]
+
+
+def _is_export(path: str) -> bool:
+    """Whether `export` wrote the folder or file."""
+    from diffalign.common import manifest
+
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return (manifest.read_manifest(folder) or {}).get("stage") == "export"
 
 
 def _card(recipe: dict[str, Any], base: str, run: dict[str, Any] | None) -> str:

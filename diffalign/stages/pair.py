@@ -239,9 +239,11 @@ def _people(recipe: Mapping[str, Any], data: Source, scorers: list[str]) -> str 
         return None
     known = known_of(islice(data.records(), recipe["limit"]), ["rank"] if by is None else names)
     if not known:
-        raise UserError(
-            f"data.path={data.path} holds no scores, ranks or votes: give scorers=[...] to make scores now"
-        )
+        nothing = f"data.path={data.path} holds no scores, ranks or votes"
+        if ours:
+            rather = f"for scorers=[{', '.join(scorers)}] to decide" if scorers else "and give scorers=[...]"
+            raise UserError(f"by={ours[0]}: {nothing}: leave by out, {rather}")
+        raise UserError(f"{nothing}: give scorers=[...] to make scores now")
     for name in names:
         if name not in known:
             raise unknown(f"by for {data.path}", name, known)

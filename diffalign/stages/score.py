@@ -272,9 +272,13 @@ def _other_shots(other: str, names: list[str]) -> list[Shot]:
         UserError: they are not there, or have none of the scorers called `names`.
     """
     from diffalign.stages._image_rows import read_image_rows
+    from diffalign.stages._run import refuse_unfinished
 
     if not Path(other).exists():
         raise UserError(f"compare={other} does not exist: give a folder that score wrote")
+    if Path(other).is_dir() and not (Path(other) / "scores.jsonl").is_file():
+        refuse_unfinished(Path(other))
+        raise UserError(f"compare={other} has no scores.jsonl: score it first")
     rows, folder = read_image_rows(Path(other) / "scores.jsonl" if Path(other).is_dir() else other)
     shots = _shots(rows, folder, f"compare={other}")
     theirs = dict.fromkeys(name for shot in shots for name in shot.scores)

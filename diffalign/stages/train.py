@@ -156,6 +156,7 @@ def _train(
     from diffalign.training.metrics import check_trackers
     from diffalign.training.optimizers import check_optimizer
     from diffalign.training.setup import accelerator_for
+    from diffalign.training.stored import StoredReference
 
     accelerator = accelerator_for(settings.precision, shard=settings.shard)
     if not accelerator.is_main_process:
@@ -178,8 +179,10 @@ def _train(
         run = loop.Run(model, objective, feed, folder, identity, accelerator, settings, watch, recipe)
         summary = loop.fit(run)
         counts, dropped = examples.counts()
+        if isinstance(feed, StoredReference):
+            progress.say(f"reference.store: {feed.found:,} of {feed.asked:,} errors were known")
         if is_main:
-            loop.finish(run, model_card(recipe, base_identity=base, counts=counts, summary=summary))
+            written = loop.finish(run, model_card(recipe, base_identity=base, counts=counts, summary=summary))
             manifest.write_manifest(
                 folder,
                 stage="train",
@@ -190,6 +193,7 @@ def _train(
                 dropped=dropped,
                 extra={"identity": identity, "base": base, "summary": summary},
             )
+            progress.say(f"written: {written}")
         accelerator.wait_for_everyone()
     return summary
 

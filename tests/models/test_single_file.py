@@ -162,7 +162,7 @@ def test_a_file_of_a_network_that_predicts_v_says_so(
 ) -> None:
     """The layout has no place for it, and programs that load the file take its network to predict noise."""
     for prediction in ("epsilon", "v_prediction"):
-        path = SDXL.tiny(tmp_path / prediction, prediction_type=prediction).path
+        path = SDXL.tiny(tmp_path / prediction, text_widths=(12, 20), prediction_type=prediction).path
         load_model("sdxl", path).export_pipeline(str(made(tmp_path / f"{prediction}-out")), single_file=True)
         said = "cannot say that its network predicts v_prediction" in capsys.readouterr().err
         assert said == (prediction == "v_prediction")

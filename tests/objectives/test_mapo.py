@@ -309,7 +309,7 @@ def test_beta_must_be_given() -> None:
     words = ["objective=mapo", "model=sdxl", "model.path=base", "data=jsonl", "data.path=pairs", "out=run"]
     with pytest.raises(UserError) as caught:
         load_recipe(train, None, words)
-    assert str(caught.value) == "train needs objective.beta=... (see diffalign train --help)"
+    assert str(caught.value) == "train needs objective.beta=... (see diffalign train objective=mapo --help)"
     with pytest.raises(UserError, match=r"^objective mapo needs beta$"):
         make_one("objectives", "mapo")
     made = load_recipe(train, None, [*words, "objective.beta=0.1"]).arguments["objective"]

@@ -257,7 +257,7 @@ def test_another_base_and_missing_caches_are_refused(
     weights.write_bytes(content)
     train = ["train", "model=sdxl", f"model.path={other}", f"out={tmp_path / 'run'}"]
     for place, message in (
-        (exact, "was made with another VAE or other text encoders"),
+        (exact, "was made with other files of VAE or text encoders"),
         (tmp_path / "nothing", "does not exist; make one with diffalign cache"),
         (other, "is not complete"),
     ):
@@ -269,7 +269,7 @@ def test_another_base_and_missing_caches_are_refused(
     with pytest.raises(UserError, match=r"000000\.safetensors'.*remove the folder of the cache"):
         open_cache(broken)
     assert cli.main(words(str(other), pairs, exact, "dtype=fp32")) == 2
-    assert "model was" in capsys.readouterr().err
+    assert "(model changed): choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("writes", [1, 4])
@@ -323,3 +323,18 @@ def test_records_keep_what_they_knew(exact: Path) -> None:
     record = json.loads(lines[0])
     assert record["prompt"] == "a c" and [c["label"] for c in record["candidates"]] == [1.0, 0.0]
     assert all("image" not in candidate for candidate in record["candidates"])
+
+
+def test_someone_who_stops_it_is_told_that_it_goes_on(
+    tiny_sdxl: str,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache_packs.PackWriter, "add", stop)
+    assert cli.main(words(tiny_sdxl, pairs, tmp_path / "cache")) == 130
+    assert "are kept; the same command goes on from there" in capsys.readouterr().err

@@ -55,7 +55,9 @@ def test_report_alone_says_what_would_be_left_out(
             "tiny_image": [f"{name}:15"],
         },
     }
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].endswith("nothing was written: give out=FOLDER")
+    lines = [" ".join(line.split()) for line in said.out.splitlines()]
     assert "kept 7 rows" in lines and "left out 13 rows" in lines and f"duplicate 3 {name}:7, 8, 9" in lines
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -159,10 +161,12 @@ def test_prompts_of_an_evaluation_are_counted_and_left_out(
     rows = [f"train-00000-of-00001.parquet:{n}" for n in (6, 7, 14, 15)]
     assert report["overlap"] == {"prompts": 2, "rows": rows}
     assert report["selection"]["dropped"] == {"overlap": rows}
+    assert "is not held out" not in capsys.readouterr().out
     run(*source, f"against={tmp_path / 'eval.txt'}", f"out={tmp_path / 'out'}")
     inputs = json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]
     assert inputs["against"]["path"] == str(tmp_path / "eval.txt") and len(inputs) == 2
-    assert "2 prompts of against=" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "2 prompts of against=" in said.out and "nothing was written" not in said.err
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,109 @@ def test_a_report_of_another_kind(
     assert "report= holds no comparison of pictures" in refused(capsys, arguments)
 
 
+@pytest.fixture(scope="module")
+def reports(base: str, run: Path, full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Evaluations of pictures of the base, of its LoRA and of its whole UNet, against those of the base."""
+    folder = tmp_path_factory.mktemp("reports")
+    drawn = [
+        "generate",
+        "model=sdxl",
+        f"model.path={base}",
+        "prompts=[a ring,a cat]",
+        "num_inference_steps=1",
+    ]
+    uses = {
+        "base": (),
+        "lora": (f"adapter={run / 'adapter'}",),
+        "full": (f"model.unet={full_run / 'adapter'}",),
+    }
+    for name, use in uses.items():
+        assert cli.main([*drawn, *use, f"out={folder / name}"]) == 0
+        sides = [f"base={folder / 'base'}", f"aligned={folder / name}", "scorers=[jpeg]"]
+        assert cli.main(["evaluate", "mode=images", *sides, f"out={folder / f'about-{name}'}"]) == 0
+    return folder
+
+
+UNKNOWN = "nothing says which adapter its pictures were drawn with"
+
+
+def test_the_report_of_the_exported_adapter(
+    base: str,
+    run: Path,
+    full_run: Path,
+    reports: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = run / "adapter" / "pytorch_lora_weights.safetensors"  # as good as its folder
+    for number, adapter in enumerate((run / "adapter", one)):
+        out = tmp_path / str(number)
+        assert cli.main(words(base, adapter, out, f"report={reports / 'about-lora'}")) == 0
+        assert "## Scores" in (out / "README.md").read_text()
+    more = ("format=full", f"report={reports / 'about-full'}")
+    assert cli.main(words(base, full_run / "adapter", tmp_path / "full", *more)) == 0
+    assert UNKNOWN not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("about", ["base", "full", "lora"])
+def test_the_report_of_another_adapter(
+    about: str,
+    base: str,
+    run: Path,
+    full_run: Path,
+    reports: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = (full_run if about == "lora" else run) / "adapter"
+    more = (f"report={reports / f'about-{about}'}", *(["format=full"] if about == "lora" else []))
+    assert f"about-{about} is about another adapter than {adapter}" in refused(
+        capsys, words(base, adapter, tmp_path / "out", *more)
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_whose_pictures_are_gone_or_others_is_said(
+    base: str, run: Path, reports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = shutil.copytree(reports / "about-base", tmp_path / "about")
+    said = files.read_json(about / "manifest.json")
+    for number, path in enumerate((tmp_path / "gone", reports / "lora" / "images.jsonl")):
+        said["inputs"]["aligned"]["path"] = str(path)
+        files.write_json(about / "manifest.json", said)
+        arguments = words(base, run / "adapter", tmp_path / str(number), f"report={about}")
+        assert cli.main(arguments) == 0
+        assert UNKNOWN in capsys.readouterr().err
+
+
+def test_a_report_on_what_an_export_wrote_is_not_refused(
+    base: str, run: Path, reports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(base, run / "adapter", tmp_path / "half", "dtype=fp16")) == 0
+    drawn = [f"model.path={base}", "prompts=[a ring,a cat]", "num_inference_steps=1"]
+    use = [f"adapter={tmp_path / 'half'}", f"out={tmp_path / 'drawn'}"]
+    assert cli.main(["generate", "model=sdxl", *drawn, *use]) == 0
+    sides = [f"base={reports / 'base'}", f"aligned={tmp_path / 'drawn'}", "scorers=[jpeg]"]
+    assert cli.main(["evaluate", "mode=images", *sides, f"out={tmp_path / 'about'}"]) == 0
+    arguments = words(base, run / "adapter", tmp_path / "out", f"report={tmp_path / 'about'}")
+    assert cli.main(arguments) == 0
+    assert UNKNOWN in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["merged", "full"])
+def test_text_encoders_of_one_width_are_not_written_as_one_file(
+    form: str, pairs: Path, tiny_sdxl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Diffusers would read the second one for the first, and draw NaN."""
+    kind = ("adapter.kind=full",) if form == "full" else ()
+    adapter = train(tiny_sdxl, tmp_path / "run", pairs, *kind) / "adapter"
+    arguments = words(tiny_sdxl, adapter, tmp_path / "out", f"format={form}", "single_file=true")
+    assert "are 16 wide, and diffusers would mix them up in one file: use single_file=false" in refused(
+        capsys, arguments
+    )
+    assert not (tmp_path / "out").exists()
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload needs; what arrives is kept in `seen`."""
 

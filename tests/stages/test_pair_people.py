@@ -281,8 +281,11 @@ def test_several_scorers_and_no_ranks_leave_no_folder_in_the_way(tmp_path: Path)
 
 def test_pairs_that_nobody_ranked(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", [row("a cat", jpeg(1), jpeg(2))])
-    with pytest.raises(UserError, match="holds no scores, ranks or votes: give scorers="):
+    nothing = r"holds no scores, ranks or votes: leave by out"
+    with pytest.raises(UserError, match=rf"^by=rank: .*{nothing}, and give scorers="):
         run(tmp_path, "pickapic", "train.parquet", "by=rank")
+    with pytest.raises(UserError, match=rf"^by=votes: .*{nothing}, for scorers=\[jpeg\] to decide"):
+        run(tmp_path, "pickapic", "train.parquet", "by=votes", "scorers=[jpeg]")
 
 
 def test_scored_pictures_have_no_ranks(tmp_path: Path) -> None:

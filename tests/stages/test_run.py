@@ -9,7 +9,7 @@ import pytest
 from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.stages import _folder
-from diffalign.stages._run import claim_folder, earlier_run, refuse_unfinished
+from diffalign.stages._run import claim_folder, earlier_run, refuse_other_run, refuse_unfinished
 
 STAGES = ("check", "generate", "score", "pair", "evaluate")
 
@@ -192,3 +192,18 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         earlier_run(tmp_path / "file", "check")
     with pytest.raises(UserError, match=r"out=.*inside: .*file is a file: give a folder"):
         earlier_run(tmp_path / "file" / "inside", "check")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"model": "ab" * 20}, {"model": "cd" * 20}),
+        ({"model": {"files": {"a": {"size": 1}}}}, {"model": {"files": {"a": {"size": 2}}}}),
+        ({"model": [{"files": {}}]}, {"model": [{"sha256": "ab"}]}),
+    ],
+)
+def test_hashes_are_not_repeated(before: dict[str, object], now: dict[str, object], tmp_path: Path) -> None:
+    with claim_folder(tmp_path / "out", stage="generate", recipe={}, same=before):
+        pass
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(model changed\): choose"):
+        refuse_other_run(tmp_path / "out", "generate", now)

@@ -237,6 +237,8 @@ def test_what_cannot_be_compared_with_is_said_before_the_work(pictures, tmp_path
         run(pictures, tmp_path / "out", clip, compare=str(tmp_path / "base"))
     with pytest.raises(UserError, match=r"compare=.*nowhere does not exist"):
         run(pictures, tmp_path / "out", clip, compare=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"compare=.* has no scores\.jsonl: score it first"):
+        run(pictures, tmp_path / "out", clip, compare=str(pictures))
     assert not (tmp_path / "out").exists()
 
 

@@ -52,7 +52,11 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_sweep_computes_them_once_and_learns_the_same(
-    tiny_sdxl: str, pairs: Path, tmp_path: Path, counts: list[stored.StoredReference]
+    tiny_sdxl: str,
+    pairs: Path,
+    tmp_path: Path,
+    counts: list[stored.StoredReference],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Three steps of two micro-batches: 6 errors are computed, then found by a run with another beta."""
     store = f"reference.store={tmp_path / 'store'}"
@@ -60,6 +64,9 @@ def test_a_sweep_computes_them_once_and_learns_the_same(
     assert cli.main(words(tiny_sdxl, pairs, tmp_path / "first", store)) == 0
     assert cli.main(words(tiny_sdxl, pairs, tmp_path / "second", store, beta)) == 0
     assert [(feed.asked, feed.found) for feed in counts] == [(6, 0), (6, 6)]
+    said = capsys.readouterr().err
+    assert "reference.store: 6 of 6 errors were known" in said
+    assert f"written: {tmp_path / 'second' / 'adapter'}" in said
     assert cli.main(words(tiny_sdxl, pairs, tmp_path / "plain", beta)) == 0
     plain, found = adapter(tmp_path / "plain"), adapter(tmp_path / "second")
     assert all(torch.equal(plain[name], found[name]) for name in plain)
