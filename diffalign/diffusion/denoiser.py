@@ -42,7 +42,7 @@ class Denoiser:
         network: the trained network (after `accelerate` has wrapped it, the wrapped one).
         process: the forward process; also the holder of the named conversions.
         call: the backbone's way to call its network:
-            `(network, x_t [B, ...], t [B] int64, cond) -> [B, ...]`.
+            `(network, x_t [B, ...], time [B], cond) -> [B, ...]`, the time being `process.network_time`.
         policies: named policies; "train" is always the network as it is.
     """
 
@@ -55,7 +55,7 @@ class Denoiser:
 
     def predict(self, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The selected policy's native prediction, shape of `x_t`, in the dtype the network answers in."""
-        return self.call(self._copy_in_use or self.network, x_t, t_B, cond)
+        return self.call(self._copy_in_use or self.network, x_t, self.process.network_time(t_B), cond)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of the trained network that receive gradients."""

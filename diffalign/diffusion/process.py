@@ -15,10 +15,10 @@ from torch import Tensor
 
 from diffalign.common.errors import UserError
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "flow"]
 ErrorSpace = Literal["native", "epsilon", "x0"]
 
-PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction")
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "flow")
 
 
 def expand(values_B: Tensor, like: Tensor) -> Tensor:
@@ -38,10 +38,11 @@ class Process:
     Args:
         alphas: `[T]` float64, signal scale at each timestep.
         sigmas: `[T]` float64, noise scale at each timestep.
-        prediction: what the network was trained to output ("epsilon" or "v_prediction").
+        prediction: what the network was trained to output ("epsilon", "v_prediction" or "flow").
 
     Convention: DDPM processes are variance preserving (alpha^2 + sigma^2 = 1) and v = alpha eps - sigma x0
-    (Salimans and Ho 2022, arXiv 2202.00512).
+    (Salimans and Ho 2022, arXiv 2202.00512). Rectified flows go straight, alpha = 1 - sigma, and their
+    velocity is dx/dsigma = eps - x0 (Liu et al. 2022, arXiv 2209.03003).
     """
 
     alphas: Tensor
@@ -56,14 +57,17 @@ class Process:
         Recomputed in float64 from the betas: the schedulers keep float32 products.
 
         Raises:
-            UserError: for a beta schedule or prediction type that no SD 1.x, 2.x or SDXL checkpoint uses.
+            UserError: for a beta schedule or prediction type that no base of the known families uses.
         """
         config = scheduler.config
+        if type(scheduler).__name__.startswith("FlowMatch"):
+            return cls.flow(config["num_train_timesteps"])
         prediction = config.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
+        known = [name for name in PREDICTIONS if name != "flow"]
+        if prediction not in known:
             raise UserError(
                 f"the scheduler's prediction_type is {prediction!r}: use a base with one of "
-                f"{', '.join(PREDICTIONS)}"
+                f"{', '.join(known)}"
             )
         alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
         alphas = alphas_cumprod.sqrt()
@@ -71,10 +75,27 @@ class Process:
             alphas = rescale_zero_terminal_snr(alphas)
         return cls(alphas, (1.0 - alphas**2).clamp_min(0.0).sqrt(), cast(Prediction, prediction))
 
+    @classmethod
+    def flow(cls, num_timesteps: int) -> Process:
+        """A rectified flow with equal steps of sigma, from 1/T at t = 0 to 1, which is noise alone.
+
+        Convention: the grid is not shifted. A scheduler's `shift` moves the levels that a sampler visits, and
+        the distribution of training levels, not what a level means; see `TimestepSpec.shift`.
+        """
+        sigmas = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        return cls(1.0 - sigmas, sigmas, "flow")
+
     @property
     def num_timesteps(self) -> int:
         """T."""
         return len(self.alphas)
+
+    def network_time(self, t_B: Tensor) -> Tensor:
+        """What the network is told of a timestep `[B]`: itself, or of a flow sigma times T, float32."""
+        if self.prediction != "flow":
+            return t_B
+        _, sigma = self.alpha_sigma(t_B)
+        return (sigma * self.num_timesteps).float()
 
     def alpha_sigma(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """`(alpha, sigma)`, each `[B]` on the device of `t_B` (integer timesteps in `[0, T)`).
@@ -99,21 +120,23 @@ class Process:
         return alpha * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """What a perfect network would output for `(x0, noise, t)`: eps, or v = alpha eps - sigma x0."""
+        """What a perfect network outputs for `(x0, noise, t)`: eps, alpha eps - sigma x0, or eps - x0."""
         if self.prediction == "epsilon":
             return noise
+        if self.prediction == "flow":
+            return noise - x0
         alpha, sigma = self._scales(x0, t_B)
         return alpha * noise - sigma * x0
 
     def to_epsilon(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-        """The noise that a network output implies; v form: eps = sigma x_t + alpha v."""
+        """The noise that a network output implies; v: sigma x_t + alpha v, flow: x_t + alpha v."""
         if self.prediction == "epsilon":
             return output
         alpha, sigma = self._scales(x_t, t_B)
-        return sigma * x_t + alpha * output
+        return alpha * output + (x_t if self.prediction == "flow" else sigma * x_t)
 
     def to_x0(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-        """The clean latent that a network output implies; v form: x0 = alpha x_t - sigma v.
+        """The clean latent that a network output implies; v: alpha x_t - sigma v, flow: x_t - sigma v.
 
         Raises:
             ValueError: for an epsilon network where SNR is 0, where x_t carries no signal to solve for.
@@ -122,31 +145,32 @@ class Process:
         if self.prediction == "epsilon":
             self._refuse_zero_alpha(t_B)
             return (x_t - sigma * output) / alpha
-        return alpha * x_t - sigma * output
+        return (x_t if self.prediction == "flow" else alpha * x_t) - sigma * output
 
     def to_v(self, output: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
         """The velocity alpha eps - sigma x0 that a network output implies (same limits as `to_x0`)."""
         if self.prediction == "v_prediction":
             return output
         alpha, sigma = self._scales(x_t, t_B)
-        return alpha * output - sigma * self.to_x0(output, x_t, t_B)
+        return alpha * self.to_epsilon(output, x_t, t_B) - sigma * self.to_x0(output, x_t, t_B)
 
     def residual_scale(self, space: ErrorSpace, t_B: Tensor) -> Tensor:
         """`[B]` float64 factor from a native residual (output - target) to the residual in `space`.
 
         With x_t fixed, every parameterisation is linear in the others, so errors convert by one factor:
-        v -> eps: alpha;  v -> x0: -sigma;  eps -> x0: -sigma / alpha. Squared errors scale by its square.
+        v -> eps: alpha;  v -> x0: -sigma;  eps -> x0: -sigma / alpha; a flow's velocity as v. Squared errors
+        scale by its square, so that of a flow in epsilon space by (1 - sigma)^2.
 
         Raises:
             ValueError: eps -> x0 where SNR is 0.
         """
         alpha, sigma = self.alpha_sigma(t_B)
-        native = "epsilon" if self.prediction == "epsilon" else "v"
+        native = "epsilon" if self.prediction == "epsilon" else "velocity"
         if space == "native" or space == native:
             return torch.ones_like(alpha)
         if space == "epsilon":
             return alpha
-        if native == "v":
+        if native == "velocity":
             return -sigma
         self._refuse_zero_alpha(t_B)
         return -sigma / alpha

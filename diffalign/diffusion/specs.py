@@ -27,6 +27,8 @@ class TimestepSpec:
         low: smallest timestep drawn.
         high: one past the largest; null: the length of the process.
         strata: consecutive samples of the run cycle through this many equal slices of [0, 1); 0 or 1: none.
+        shift: moves drawn levels u in [0, 1) towards noise (above 1) or away from it, to
+            shift u / (1 + (shift - 1) u) (Esser et al. 2024, section 5.3.2); SD3's own scheduler has 3.
     """
 
     kind: Literal["uniform", "logit_normal", "mode", "grid"] = "uniform"
@@ -37,6 +39,7 @@ class TimestepSpec:
     scale: float = 1.29
     grid: list[int] = field(default_factory=list)
     strata: int = 0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -50,6 +53,12 @@ class TimestepSpec:
         if not -1.0 <= self.scale <= LARGEST_MODE_SCALE:
             raise UserError(
                 f"timesteps.scale is {self.scale}: use a value from -1 to {LARGEST_MODE_SCALE:.2f}"
+            )
+        if not 0.0 < self.shift < math.inf:
+            raise UserError(f"timesteps.shift is {self.shift}: use a value above 0; 1 shifts nothing")
+        if self.kind == "grid" and self.shift != 1.0:
+            raise UserError(
+                "timesteps.shift moves drawn timesteps, not those of timesteps.grid: leave it out"
             )
         if self.strata < 0:
             raise UserError(f"timesteps.strata is {self.strata}: use 0 or more")
@@ -73,7 +82,8 @@ class TimestepSpec:
         high = num_timesteps if self.high is None else self.high
         if self.kind == "grid":
             return torch.tensor(self.grid)[(u_B * len(self.grid)).long()]
-        position = self._position(u_B).clamp(0.0, 1.0 - 1e-12)
+        position = self._position(u_B)
+        position = (self.shift * position / (1.0 + (self.shift - 1.0) * position)).clamp(0.0, 1.0 - 1e-12)
         return self.low + (position * (high - self.low)).long()
 
     def _position(self, u_B: Tensor) -> Tensor:
