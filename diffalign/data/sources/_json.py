@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from diffalign.common.errors import UserError, brief
 from diffalign.common.files import printable
-from diffalign.data.records import Record
+from diffalign.data.pictures import ImageRef
+from diffalign.data.records import Candidate, Record
 
 CHUNK = 1 << 20
 LONGEST_ROW = 1 << 24
@@ -122,6 +123,27 @@ def is_number(value: Any) -> bool:
 def dropped(where: str, problem: str, *, source: str, prompt: str | None = None) -> Record:
     """Returns the record of a row that could not be read."""
     return Record(where, prompt or "", [], source=source, problem=problem)
+
+
+def ranked_list(
+    where: str, row: Row, folder: Path, *, images: str, ranks: str, source: str, meta: Mapping[str, Any]
+) -> Record:
+    """Returns the list of a row: the fields `images` (paths below `folder`) and `ranks` (1 is the best).
+
+    A row that holds no such list becomes a record that says why (`Record.problem`).
+    """
+    prompt, paths, places = prompt_of(row), texts(row.get(images)), numbers(row.get(ranks))
+    if prompt is None:
+        return dropped(where, "bad_text", source=source)
+    if paths is None:
+        return dropped(where, "not_a_list", source=source, prompt=prompt)
+    if places is None or len(places) != len(paths):
+        return dropped(where, "bad_label", source=source, prompt=prompt)
+    candidates = [
+        Candidate(image=ImageRef(path=folder / path), rank=float(place))
+        for path, place in zip(paths, places, strict=True)
+    ]
+    return Record(where, prompt, candidates, source=source, meta=dict(meta))
 
 
 class _Text:

@@ -33,6 +33,7 @@ from diffalign.data.sources._json import (
     layout_of,
     numbers,
     prompt_of,
+    ranked_list,
     texts,
 )
 
@@ -107,21 +108,9 @@ def _v2_pair(where: str, row: Row, folder: Path) -> Record:
 
 
 def _v2_list(where: str, row: Row, folder: Path) -> Record:
-    prompt, paths, ranks = prompt_of(row), texts(row.get("image_path")), numbers(row.get("rank"))
-    if prompt is None:
-        return dropped(where, "bad_text", source="hpd")
-    if paths is None:
-        return dropped(where, "not_a_list", source="hpd", prompt=prompt)
-    if ranks is None or len(ranks) != len(paths):
-        return dropped(where, "bad_label", source="hpd", prompt=prompt)
-    candidates = [
-        Candidate(image=ImageRef(path=folder / path), rank=float(rank))
-        for path, rank in zip(paths, ranks, strict=True)
-    ]
     raw = row.get("raw_annotations")
-    return Record(
-        where, prompt, candidates, source="hpd", meta={} if raw is None else {"raw_annotations": raw}
-    )
+    meta = {} if raw is None else {"raw_annotations": raw}
+    return ranked_list(where, row, folder, images="image_path", ranks="rank", source="hpd", meta=meta)
 
 
 def _v3_pair(where: str, row: Row, folder: Path) -> Record:

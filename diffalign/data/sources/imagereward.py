@@ -30,9 +30,7 @@ from diffalign.data.sources._json import (
     json_file,
     json_rows,
     layout_of,
-    numbers,
-    prompt_of,
-    texts,
+    ranked_list,
 )
 from diffalign.data.sources._parquet import Layout, ParquetSource, Row, picture
 
@@ -107,20 +105,9 @@ class Plugin(ParquetSource):
                 yield dropped(where, "bad_text", source="imagereward")
                 continue
             known = known or bool(layout_of(path, row, JSON_LAYOUT))
-            prompt, paths, places = prompt_of(row), texts(row.get("generations")), numbers(row.get("ranking"))
-            if prompt is None:
-                yield dropped(where, "bad_text", source="imagereward")
-            elif paths is None:
-                yield dropped(where, "not_a_list", source="imagereward", prompt=prompt)
-            elif places is None or len(places) != len(paths):
-                yield dropped(where, "bad_label", source="imagereward", prompt=prompt)
-            else:
-                candidates = [
-                    Candidate(image=ImageRef(path=folder / name), rank=float(place))
-                    for name, place in zip(paths, places, strict=True)
-                ]
-                meta = {"prompt_id": row["id"]} if row.get("id") is not None else {}
-                yield Record(where, prompt, candidates, source="imagereward", meta=meta)
+            meta = {"prompt_id": row["id"]} if row.get("id") is not None else {}
+            fields = {"images": "generations", "ranks": "ranking"}
+            yield ranked_list(where, row, folder, **fields, source="imagereward", meta=meta)
 
     def _parquet_lists(self) -> Iterator[Record]:
         seen = set()
