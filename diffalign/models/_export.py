@@ -16,8 +16,7 @@ from diffalign.common.progress import say
 from diffalign.diffusion.process import Process
 from diffalign.models import _adapters, _ldm
 from diffalign.models._base import TRAINED, torch_dtype
-from diffalign.models._parts import Parts, quiet_libraries
-from diffalign.models._spec import ModelSpec
+from diffalign.models._parts import Backbone, quiet_libraries
 
 KOHYA_FILE, PIPELINE_FILE = "lora.safetensors", "model.safetensors"
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -124,26 +123,14 @@ def _in_dtype(name: str, tensor: Tensor, dtype: str | None) -> Tensor:
     raise UserError(f"{name} holds NaN or infinity: export what an earlier step has trained")
 
 
-class ExportableModel:
+class ExportableModel(Backbone):
     """The exporting half of a backbone; the other halves load, draw and train."""
 
-    spec: ModelSpec
-    parts: Parts
     encoder_parts: ClassVar[tuple[str, ...]]
 
     @property
     def process(self) -> Process:
         """The forward process of the base's scheduler."""
-        raise NotImplementedError
-
-    @property
-    def network(self) -> Any:
-        """The network."""
-        raise NotImplementedError
-
-    @property
-    def pipeline_class(self) -> Any:
-        """The diffusers pipeline that reads and writes adapters."""
         raise NotImplementedError
 
     def pipeline(self, *names: str) -> Any:

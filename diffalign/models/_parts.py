@@ -301,3 +301,20 @@ def quiet_libraries() -> Iterator[None]:
 
 def _is_part(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] is not None
+
+
+class Backbone:
+    """What the halves of a backbone, which load, train and export, expect of one another."""
+
+    spec: ModelSpec
+    parts: Parts
+
+    @property
+    def network(self) -> Any:
+        """The network."""
+        raise NotImplementedError
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline that reads and writes adapters."""
+        raise NotImplementedError

@@ -13,33 +13,21 @@ from diffalign.common.errors import UserError, brief
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, freeze
 from diffalign.models import _adapters, _sharding
 from diffalign.models._base import REFERENCE, TRAINED
-from diffalign.models._parts import Parts
-from diffalign.models._spec import AdapterSpec, ModelSpec
+from diffalign.models._parts import Backbone
+from diffalign.models._spec import AdapterSpec
 
 MAX_GRAPHS = 64
 """Torch's own limit is 8: fewer than policy and reference take over the widths of one SD 1.5."""
 
 
-class TrainableModel:
+class TrainableModel(Backbone):
     """The training half of a backbone; the other half loads, encodes and draws."""
 
-    spec: ModelSpec
-    parts: Parts
     _moves_reference = False
 
     @property
     def denoiser(self) -> Denoiser:
         """The network behind the boundary."""
-        raise NotImplementedError
-
-    @property
-    def network(self) -> Any:
-        """The network."""
-        raise NotImplementedError
-
-    @property
-    def pipeline_class(self) -> Any:
-        """The diffusers pipeline that reads and writes adapters."""
         raise NotImplementedError
 
     def check_training(self, adapter: AdapterSpec) -> None:
