@@ -314,10 +314,10 @@ def counted() -> Iterator[dict[str, float]]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from diffalign.models._unet import UNetModel
+    from diffalign.models._pipeline import PipelineModel
 
     counts: dict[str, float] = {"learning": 0, "drawing": 0, "drawing_seconds": 0.0}
-    forward, sample = UNet2DConditionModel.forward, UNetModel.sample
+    forward, sample = UNet2DConditionModel.forward, PipelineModel.sample
     drawing = False
 
     def counting_forward(self: Any, x_t: Any, *rest: Any, **options: Any) -> Any:
@@ -333,11 +333,11 @@ def counted() -> Iterator[dict[str, float]]:
             drawing = False
             counts["drawing_seconds"] += time.process_time() - started
 
-    UNet2DConditionModel.forward, UNetModel.sample = counting_forward, counting_sample
+    UNet2DConditionModel.forward, PipelineModel.sample = counting_forward, counting_sample
     try:
         yield counts
     finally:
-        UNet2DConditionModel.forward, UNetModel.sample = forward, sample
+        UNet2DConditionModel.forward, PipelineModel.sample = forward, sample
 
 
 def own_reward(objective: Objective, drawings: Path, base: Path, aligned: Path) -> dict[str, Any] | None:

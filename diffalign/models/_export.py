@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from diffalign.common.errors import UserError
 from diffalign.common.progress import say
 from diffalign.diffusion.process import Process
-from diffalign.models import _adapters, _ldm
+from diffalign.models import _adapters
 from diffalign.models._base import TRAINED, torch_dtype
+from diffalign.models._lora_files import NOUNS, LoraFiles
 from diffalign.models._parts import Backbone, quiet_libraries
 
 KOHYA_FILE, PIPELINE_FILE = "lora.safetensors", "model.safetensors"
@@ -24,7 +25,7 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA of the UNet, whichever layout its file has.
+    """A LoRA of the network, whichever layout its file has.
 
     Attributes:
         state: its tensors by peft's names.
@@ -37,8 +38,8 @@ class Lora:
     scales: dict[str, float]
 
 
-def read_lora(pipeline_class: Any, path: str, blueprint: Any, *, weight: float = 1.0) -> Lora:
-    """The LoRA at `path`, acting `weight` times as strongly; `blueprint` is its UNet without memory.
+def read_lora(files: LoraFiles, path: str, blueprint: Any, *, weight: float = 1.0) -> Lora:
+    """The LoRA at `path`, acting `weight` times as strongly; `blueprint` is its network without memory.
 
     Alphas, rsLoRA and per-layer patterns are understood by diffusers and peft themselves: they set the
     adapter up on the blueprint, and the scale of each layer is read off there.
@@ -47,17 +48,18 @@ def read_lora(pipeline_class: Any, path: str, blueprint: Any, *, weight: float =
         UserError: nothing usable there, one for another architecture, or one that also changes the text
             encoders.
     """
-    state, alphas, metadata = _adapters.read_adapter(pipeline_class, path, blueprint)
-    if any(not key.startswith("unet.") for key in state):
+    file = files.read(path, blueprint)
+    if not files.is_of_network(file):
         raise UserError(
-            f"adapter {path} also changes the text encoders: only adapters of the UNet can be exported"
+            f"adapter {path} also changes the text encoders: only adapters of the {NOUNS[files.part]} can be "
+            "exported"
         )
-    shapes = {key: tensor.to("meta") for key, tensor in state.items()}
-    _adapters.place(pipeline_class, path, blueprint, TRAINED, shapes, alphas, metadata)
-    config = blueprint.peft_config[TRAINED].to_dict()
+    shapes = {key: tensor.to("meta") for key, tensor in file.state.items()}
+    files.place(blueprint, TRAINED, replace(file, state=shapes), path)
+    config = _adapters.trained_config(blueprint)
     patterns = {name: alpha * weight for name, alpha in (config["alpha_pattern"] or {}).items()}
     return Lora(
-        state=_adapters.peft_names(state),
+        state=files.network_state(file),
         config={**config, "lora_alpha": config["lora_alpha"] * weight, "alpha_pattern": patterns},
         scales={
             name: layer.scaling[TRAINED] * weight
@@ -141,15 +143,17 @@ class ExportableModel(Backbone):
         """Adds a LoRA for generation."""
         raise NotImplementedError
 
-    def kohya_layer_name(self, layer: str) -> str:
-        """A UNet layer's name in the layout that kohya's scripts train this family in."""
-        raise NotImplementedError
+    def kohya_state(self, lora: Lora) -> dict[str, Tensor]:
+        """The LoRA's tensors in the layout of kohya's scripts; refuses a LoRA that it cannot carry."""
+        raise UserError(
+            f"format=kohya: that layout is not written for {self.spec.pipeline_name}; use format=diffusers"
+        )
 
     def check_single_file(self) -> None:
         """Refuses a pipeline that other programs would read wrongly from one file of the original layout."""
 
-    def original_encoder_state(self) -> dict[str, Tensor]:
-        """The text encoders' tensors by the names of the family's published single file."""
+    def original_state(self) -> dict[str, Tensor]:
+        """All tensors by the names of the family's published single file."""
         raise NotImplementedError
 
     def export_adapter(
@@ -167,11 +171,11 @@ class ExportableModel(Backbone):
         Raises:
             UserError: no such adapter, one for another base, or one that the layout cannot carry.
         """
-        lora = read_lora(self.pipeline_class, path, self.parts.blueprint("unet"), weight=weight)
+        lora = read_lora(self.lora_files, path, self.parts.blueprint(self.network_part), weight=weight)
         if layout == "diffusers":
-            _adapters.write(self.pipeline_class, _cast(lora.state, dtype), lora.config, folder)
+            self.lora_files.write(_cast(lora.state, dtype), lora.config, folder)
             return
-        state = kohya_state(lora, self.kohya_layer_name)
+        state = self.kohya_state(lora)
         outer = [layer for layer in lora.scales if "_block" not in layer]
         if outer:
             say(f"kohya's own scripts leave out {', '.join(outer)}; ComfyUI and diffusers load them")
@@ -187,13 +191,13 @@ class ExportableModel(Backbone):
         dtype: str | None = None,
         single_file: bool = False,
     ) -> None:
-        """Writes the whole pipeline to `folder`, with the LoRA at `adapter` merged into its UNet.
+        """Writes the whole pipeline to `folder`, with the LoRA at `adapter` merged into its network.
 
         The model cannot be used for anything else afterwards.
 
         Args:
             folder: gets the folders of a diffusers pipeline, or one file.
-            adapter: folder, file or hub id of a LoRA; None: the UNet as it is.
+            adapter: folder, file or hub id of a LoRA; None: the network as it is.
             weight: how strongly the adapter acts.
             dtype: of the written weights; None: as they are in memory.
             single_file: write one file in the original layout.
@@ -204,7 +208,7 @@ class ExportableModel(Backbone):
         if single_file:
             self.check_single_file()
         if adapter is not None:
-            read_lora(self.pipeline_class, adapter, self.parts.blueprint("unet"))
+            read_lora(self.lora_files, adapter, self.parts.blueprint(self.network_part))
             self.load_adapter(adapter, weight=weight)
             self.network.fuse_lora()
             self.network.unload_lora()
@@ -214,9 +218,9 @@ class ExportableModel(Backbone):
                     f"{PIPELINE_FILE} cannot say that its network predicts {self.process.prediction}: tell "
                     "the program that loads it, which else takes it for noise"
                 )
-            save_file(_cast(self._original_state(), dtype), Path(folder) / PIPELINE_FILE, {"format": "pt"})
+            save_file(_cast(self.original_state(), dtype), Path(folder) / PIPELINE_FILE, {"format": "pt"})
             return
-        pipeline = self.pipeline(*self.encoder_parts, "vae", "unet")
+        pipeline = self.pipeline(*self.encoder_parts, "vae", self.network_part)
         for part in pipeline.components.values():
             for name, tensor in part.state_dict().items() if hasattr(part, "parameters") else ():
                 _in_dtype(name, tensor, dtype)
@@ -224,10 +228,3 @@ class ExportableModel(Backbone):
             if dtype is not None:
                 pipeline.to(dtype=torch_dtype(dtype))
             pipeline.save_pretrained(folder)
-
-    def _original_state(self) -> dict[str, Tensor]:
-        return {
-            **_ldm.unet_state(self.parts["unet"]),
-            **_ldm.vae_state(self.parts["vae"]),
-            **self.original_encoder_state(),
-        }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,8 @@ from diffalign.common.files import file_identity
 from diffalign.models._base import torch_dtype
 from diffalign.models._spec import ModelSpec
 
-OWN_PARTS = ("vae", "unet")
+if TYPE_CHECKING:
+    from diffalign.models._lora_files import LoraFiles
 
 
 class Source(NamedTuple):
@@ -28,7 +29,7 @@ class Source(NamedTuple):
 
 
 def own_source(path: str, name: str) -> Source:
-    """Where the user's own VAE or UNet lies: in a folder or hub id itself, or in its subfolder `name`."""
+    """Where the user's own VAE or network lies: in a folder or hub id itself, or in its subfolder `name`."""
     if Path(path).exists():
         return Source(path, name if (Path(path) / name).is_dir() else None)
     nested = hub_commit(path, f"{name}/config.json")
@@ -100,10 +101,10 @@ class Parts:
     def source(self, name: str) -> Source:
         """Where a part, or of one in a single file its configuration, is loaded from.
 
-        That is the pipeline, or the user's own VAE or UNet.
+        That is the pipeline, or the user's own VAE or network.
         """
         if name not in self._sources:
-            own = getattr(self.spec, name) if name in OWN_PARTS else None
+            own = self.spec.own_parts.get(name)
             if own is not None and not Path(own).exists() and looks_local(own):
                 raise UserError(f"model.{name} {own} does not exist: give a diffusers folder or a hub id")
             ours = Source(self._home, name, self._revision)
@@ -158,7 +159,7 @@ class Parts:
     def _in_file(self, name: str) -> bool:
         """Whether the weights of a part are those of the single file."""
         is_model = not name.startswith(("tokenizer", "scheduler"))
-        own = getattr(self.spec, name) if name in OWN_PARTS else None
+        own = self.spec.own_parts.get(name)
         return self._is_file and is_model and own is None
 
     def _variant(self, source: Source) -> str | None:
@@ -310,11 +311,16 @@ class Backbone:
     parts: Parts
 
     @property
+    def network_part(self) -> str:
+        """The name of the network in the pipeline: "unet" or "transformer"."""
+        return self.spec.network_part
+
+    @property
     def network(self) -> Any:
         """The network."""
         raise NotImplementedError
 
     @property
-    def pipeline_class(self) -> Any:
-        """The diffusers pipeline that reads and writes adapters."""
+    def lora_files(self) -> LoraFiles:
+        """How LoRAs of this family are written and read."""
         raise NotImplementedError

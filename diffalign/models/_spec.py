@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from diffalign.common.errors import UserError, unknown
 
@@ -29,7 +29,6 @@ class ModelSpec:
         variant: file variant, e.g. "fp16".
         vae: another VAE folder or hub id, e.g. the fp16-fix of SDXL.
         vae_dtype: of the VAE; the VAE of SDXL overflows in fp16 unless it is the fixed one.
-        unet: a full UNet folder or hub id in place of the base's, e.g. a published DPO-SDXL.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about 1.3x the time.
         attention: "sdpa" of torch, or "xformers" where it is installed.
     """
@@ -41,7 +40,6 @@ class ModelSpec:
     variant: str | None = None
     vae: str | None = None
     vae_dtype: Dtype = "fp32"
-    unet: str | None = None
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
 
@@ -49,6 +47,10 @@ class ModelSpec:
     """The class of diffusers that loads this family."""
     default_config: ClassVar[str]
     """The hub id whose configurations fit a single file of this family."""
+    network_part: ClassVar[str]
+    """The name of the network in the pipeline, and of the key that puts another in its place."""
+    network_class: ClassVar[str]
+    """Its class of diffusers."""
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -59,9 +61,53 @@ class ModelSpec:
             if value not in known:
                 raise unknown(f"model.{key}", value, known)
 
+    @property
+    def own_network(self) -> str | None:
+        """The folder or hub id of the whole network in place of the base's."""
+        own: str | None = getattr(self, self.network_part)
+        return own
+
+    @property
+    def own_parts(self) -> dict[str, str]:
+        """The parts in place of the base's, by name."""
+        own = {"vae": self.vae, self.network_part: self.own_network}
+        return {name: path for name, path in own.items() if path is not None}
+
+    def with_network(self, path: str) -> Self:
+        """The same weights but for the whole network, which is at `path`."""
+        changes: dict[str, Any] = {self.network_part: path}
+        return replace(self, **changes)
+
     def load(self, device: str = "cpu") -> Model:
         """The model; its parts load when first used."""
         raise NotImplementedError
+
+
+@dataclass
+class UNetSpec(ModelSpec):
+    """Which weights a UNet backbone runs on.
+
+    Args:
+        unet: a full UNet folder or hub id in place of the base's, e.g. a published DPO-SDXL.
+    """
+
+    unet: str | None = None
+
+    network_part: ClassVar[str] = "unet"
+    network_class: ClassVar[str] = "UNet2DConditionModel"
+
+
+@dataclass
+class TransformerSpec(ModelSpec):
+    """Which weights a transformer backbone runs on.
+
+    Args:
+        transformer: a full transformer folder or hub id in place of the base's.
+    """
+
+    transformer: str | None = None
+
+    network_part: ClassVar[str] = "transformer"
 
 
 @dataclass
@@ -103,5 +149,6 @@ class AdapterSpec:
             )
         if self.kind == "full" and self.init is not None:
             raise UserError(
-                "adapter.init is set with adapter.kind=full: use kind=lora, or model.unet for a full UNet"
+                "adapter.init is set with adapter.kind=full: use kind=lora, or model.unet or "
+                "model.transformer for a whole network"
             )

@@ -24,8 +24,8 @@ def write_sdxl(
 ) -> None:
     """Writes a random SDXL pipeline for 32-pixel images (latents 4 x 16 x 16)."""
     torch.manual_seed(seed)
-    text, words = _text_config(text_widths[0]), tokenizer()
-    text_2 = _text_config(text_widths[1], projection=24)
+    text, words = text_config(text_widths[0]), tokenizer()
+    text_2 = text_config(text_widths[1], projection=24)
     unet = UNet2DConditionModel(
         **_unet_config(cross_attention_dim=sum(text_widths)),
         addition_embed_type="text_time",
@@ -49,7 +49,7 @@ def write_sd(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None:
     torch.manual_seed(seed)
     pipeline: Any = StableDiffusionPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(32)),
+        text_encoder=CLIPTextModel(text_config(32)),
         tokenizer=tokenizer(),
         unet=UNet2DConditionModel(**_unet_config(cross_attention_dim=32)),
         scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, **scheduler_options),
@@ -88,7 +88,8 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def _text_config(width: int, projection: int | None = None) -> CLIPTextConfig:
+def text_config(width: int, projection: int | None = None) -> CLIPTextConfig:
+    """A CLIP text encoder of that many channels."""
     return CLIPTextConfig(
         vocab_size=400,
         hidden_size=width,

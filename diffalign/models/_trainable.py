@@ -39,7 +39,7 @@ class TrainableModel(Backbone):
         if adapter.kind == "full":
             self._refuse_half_precision()
         else:
-            _adapters.check(self.parts.blueprint("unet"), self.pipeline_class, adapter)
+            _adapters.check(self.parts.blueprint(self.network_part), self.lora_files, adapter)
 
     def _refuse_half_precision(self) -> None:
         if self.spec.dtype != "fp32":
@@ -72,7 +72,7 @@ class TrainableModel(Backbone):
             _adapters.add_fresh(network, adapter, seed=seed)
             self._hold_reference(self._moves_reference)
         else:
-            _adapters.add_from_file(network, self.pipeline_class, adapter.init, dropout=adapter.dropout)
+            _adapters.add_from_file(network, self.lora_files, adapter.init, dropout=adapter.dropout)
             self._hold_reference(with_reference)
         network.train()
 
@@ -178,20 +178,21 @@ class TrainableModel(Backbone):
             self.network.load_state_dict(state)
 
     def save_adapter(self, folder: str, trained: dict[str, Tensor] | None = None) -> None:
-        """Writes the LoRA as diffusers loads it, or the full UNet under `unet/`.
+        """Writes the LoRA as diffusers loads it, or the whole network in a folder named as its part is.
 
         Args:
             folder: where to.
             trained: of a split network what `trained_state` gave; None: what the network holds.
         """
         if self._trains_adapter:
-            _adapters.save(self.network, self.pipeline_class, folder, trained)
+            state = trained or _adapters.adapter_state(self.network)
+            self.lora_files.write(state, _adapters.trained_config(self.network), folder)
             return
         network = self.network
         if trained is not None:
-            network = self.parts.blueprint("unet")
+            network = self.parts.blueprint(self.network_part)
             network.load_state_dict(trained, assign=True)
-        network.save_pretrained(f"{folder}/unet")
+        network.save_pretrained(f"{folder}/{self.network_part}")
 
 
 def _take_memory(network: nn.Module) -> None:

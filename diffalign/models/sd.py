@@ -13,12 +13,12 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.models import _ldm
 from diffalign.models._base import Model
-from diffalign.models._spec import ModelSpec
+from diffalign.models._spec import UNetSpec
 from diffalign.models._unet import UNetModel
 
 
 @dataclass
-class Plugin(ModelSpec):
+class Plugin(UNetSpec):
     """Stable Diffusion 1.x, 2.x and their fine-tunes."""
 
     pipeline_name: ClassVar[str] = "StableDiffusionPipeline"
@@ -42,8 +42,7 @@ class StableDiffusion(UNetModel):
 
     encoder_parts = ("text_encoder", "tokenizer")
 
-    @staticmethod
-    def call(network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+    def call(self, network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The UNet's native prediction; inputs are brought to the dtype of its first layer."""
         dtype = next(network.parameters()).dtype
         output: Tensor = network(
@@ -56,7 +55,8 @@ class StableDiffusion(UNetModel):
         if unet_config.get("addition_embed_type") is not None:
             raise UserError(f"the UNet of {path} takes size conditioning: use model=sdxl")
 
-    def _pipeline_options(self) -> dict[str, Any]:
+    def pipeline_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's class."""
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     @torch.no_grad()

@@ -13,12 +13,12 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.models import _ldm
 from diffalign.models._base import Model
-from diffalign.models._spec import ModelSpec
+from diffalign.models._spec import UNetSpec
 from diffalign.models._unet import UNetModel
 
 
 @dataclass
-class Plugin(ModelSpec):
+class Plugin(UNetSpec):
     """SDXL base and its fine-tunes (not the refiner)."""
 
     pipeline_name: ClassVar[str] = "StableDiffusionXLPipeline"
@@ -42,8 +42,7 @@ class SDXL(UNetModel):
 
     encoder_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
-    @staticmethod
-    def call(network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+    def call(self, network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The UNet's native prediction; inputs are brought to the dtype of its first layer."""
         dtype = next(network.parameters()).dtype
         output: Tensor = network(
@@ -64,7 +63,8 @@ class SDXL(UNetModel):
                 f"{self.spec.path} is an SDXL refiner, which is conditioned otherwise: use the base"
             )
 
-    def _pipeline_options(self) -> dict[str, Any]:
+    def pipeline_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's class."""
         zeros = self.parts.index.get("force_zeros_for_empty_prompt", True)
         return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
 

@@ -3,7 +3,7 @@
 format=diffusers checks a LoRA and writes it anew, with the metadata that makes it load equal. format=kohya
 writes one file that ComfyUI, the WebUIs and kohya's scripts load; rsLoRA is folded into its alphas, DoRA is
 refused. format=merged writes the base with the LoRA merged into its weights, and format=full the base with
-the whole UNet of an adapter.kind=full run: a pipeline folder (without safety checker), or with
+the whole network of an adapter.kind=full run: a pipeline folder (without safety checker), or with
 single_file=true one file in the original layout. Beside it lie a model card and the manifest.
 
 Examples:
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,10 +57,10 @@ def export(
 
     Args:
         model: the base that the adapter was trained on.
-        adapter: a LoRA (folder, file or hub id), for format=full the folder of a whole UNet.
+        adapter: a LoRA (folder, file or hub id), for format=full the folder of a whole network.
         out: folder for the files, the model card (README.md) and the manifest.
         format: diffusers | kohya: the LoRA for these programs; merged: the base with the LoRA in its weights;
-            full: the base with the adapter's UNet.
+            full: the base with the adapter's whole network.
         weight: how strongly the LoRA acts; it is multiplied into its alphas, or merged so.
         dtype: of the written weights; null: a LoRA as it is stored, a pipeline in fp32.
         single_file: merged, full: one .safetensors file in the original layout (SD 1.x and SDXL).
@@ -122,15 +121,18 @@ def _check(recipe: dict[str, Any], spec: ModelSpec) -> None:
         raise unknown("format", form, FORMATS)
     if recipe["dtype"] is not None and recipe["dtype"] not in DTYPES:
         raise unknown("dtype", recipe["dtype"], DTYPES)
-    is_unet = (Path(adapter) / "unet").is_dir()
-    if is_unet and form != "full":
-        raise UserError(f"adapter {adapter} holds a whole UNet, no LoRA: use format=full")
-    if form == "full" and not is_unet:
-        raise UserError(f"adapter {adapter} holds no folder unet: format=full exports adapter.kind=full runs")
+    part = spec.network_part
+    is_whole = (Path(adapter) / part).is_dir()
+    if is_whole and form != "full":
+        raise UserError(f"adapter {adapter} holds a whole {part}, no LoRA: use format=full")
+    if form == "full" and not is_whole:
+        raise UserError(
+            f"adapter {adapter} holds no folder {part}: format=full exports adapter.kind=full runs"
+        )
     if weight == 0.0 or not math.isfinite(weight):
         raise UserError(f"weight={weight:g}: use a finite number other than 0, such as 0.8")
     if form == "full" and weight != 1.0:
-        raise UserError(f"weight={weight:g} means nothing for a whole UNet: leave it out")
+        raise UserError(f"weight={weight:g} means nothing for a whole {part}: leave it out")
     if recipe["single_file"] and form not in ("merged", "full"):
         raise UserError(f"single_file=true means nothing with format={form}: use format=merged or full")
     if form in ("merged", "full") and (spec.dtype, spec.vae_dtype) != ("fp32", "fp32"):
@@ -225,18 +227,18 @@ def _drawn_with(drawn: dict[str, Any], adapter: str, spec: ModelSpec) -> bool | 
 
     given = drawn["inputs"]
     uses = [entry for name, entry in given.items() if name.startswith("adapter ")]
-    unet = drawn["recipe"]["model"].get("unet")  # the manifest has its path alone
-    if unet is not None:
-        uses += [manifest.identities({"": unet})[""]]
+    own = drawn["recipe"]["model"].get(spec.network_part)  # the manifest has its path alone
+    if own is not None:
+        uses += [manifest.identities({"": own})[""]]
     here = {"model": spec.path, "adapter": adapter}
-    own = {name: _content(entry) for name, entry in manifest.identities(here).items()}
+    asked = {name: _content(entry) for name, entry in manifest.identities(here).items()}
     if not uses:  # of the bare base, or of a pipeline that the adapter may have been merged into
-        return False if _content(given["model"]) == own["model"] else None
+        return False if _content(given["model"]) == asked["model"] else None
     found = [_content(entry) for entry in uses]
-    if found == [own["adapter"]]:
+    if found == [asked["adapter"]]:
         return True
     # A hub id says nothing of the content, and what `export` wrote may be this adapter in other words.
-    told = all(isinstance(one, list) for one in (*found, own["adapter"]))
+    told = all(isinstance(one, list) for one in (*found, asked["adapter"]))
     return False if len(uses) > 1 or (told and not _is_export(uses[0]["path"])) else None
 
 
@@ -304,7 +306,7 @@ def _write(loaded: Model, spec: ModelSpec, recipe: dict[str, Any], folder: Path)
                 single_file=recipe["single_file"],
             )
         else:
-            trained = replace(spec, unet=adapter).load()
+            trained = spec.with_network(adapter).load()
             trained.export_pipeline(aside, dtype=dtype, single_file=recipe["single_file"])
         names = sorted(made.name for made in Path(aside).iterdir())
         for name in names:

@@ -15,17 +15,15 @@ from diffalign.common.manifest import versions
 from diffalign.models._parts import Source, looks_local, own_source
 from diffalign.models._spec import ModelSpec
 
-_OWN_CLASSES = {"vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
 _HERE = "path/to/this/folder"
 
 TAGS = {
     "adapter": "lora",
     "kohya": "lora",
-    "unet": "unet",
     "pipeline": "text-to-image",
     "file": "text-to-image",
 }
-"""What a folder with a card holds -> its tag on the hub."""
+"""What a folder with a card holds -> its tag on the hub; a whole "network" has the name of its part."""
 
 
 def model_card(
@@ -39,7 +37,7 @@ def model_card(
         counts: of the data: asked, used, dropped.
         summary: closing numbers of the run.
     """
-    holds = "adapter" if recipe["adapter"]["kind"] == "lora" else "unet"
+    holds = "adapter" if recipe["adapter"]["kind"] == "lora" else "network"
     run = {"recipe": recipe, "counts": counts, "summary": summary, "versions": versions()}
     return (
         "\n\n".join(
@@ -60,7 +58,7 @@ class Exported:
     """What `export` has written.
 
     Attributes:
-        holds: one of TAGS.
+        holds: one of TAGS, or "network".
         file: of "kohya" and "file": the file's name.
         model: the `model` section of the recipe.
         base_identity: fingerprint of the base.
@@ -109,7 +107,9 @@ def export_card(exported: Exported) -> str:
 
 
 def _header(model: dict[str, Any], holds: str, objective: str | None, license: str | None = None) -> str:
-    tags = ["diffalign", *([] if objective is None else [objective]), TAGS[holds]]
+    spec: type[ModelSpec] = plugins.get("models", model["name"])
+    tag = TAGS.get(holds) or spec.network_part
+    tags = ["diffalign", *([] if objective is None else [objective]), tag]
     entries: dict[str, Any] = {} if license is None else {"license": license}
     if not Path(model["path"]).exists() and not looks_local(model["path"]):
         entries["base_model"] = model["path"]  # the hub takes ids alone, it refuses cards with paths
@@ -190,20 +190,19 @@ def _snippet(model: dict[str, Any], holds: str, file: str | None = None) -> str:
     spec: ModelSpec = plugins.get("models", model["name"])(
         **{key: value for key, value in model.items() if key != "name"}
     )
-    own = {name: own_source(getattr(spec, name), name) for name in _OWN_CLASSES if getattr(spec, name)}
+    own = {name: own_source(path, name) for name, path in spec.own_parts.items()}
     load = _load_call(spec)
     if holds == "pipeline":
         own, load = {}, f"from_pretrained({_arguments(_HERE)}"
     elif holds == "file":
         own, load = {}, f"from_single_file({_arguments(f'{_HERE}/{file}')}"
-    elif holds == "unet":
-        own["unet"] = Source(_HERE, "unet")
-    classes = sorted([spec.pipeline_name, *(_OWN_CLASSES[name] for name in own)])
-    lines = [f"from diffusers import {', '.join(classes)}", ""]
+    elif holds == "network":
+        own[spec.network_part] = Source(_HERE, spec.network_part)
+    classes = {"vae": "AutoencoderKL", spec.network_part: spec.network_class}
+    imports = sorted([spec.pipeline_name, *(classes[name] for name in own)])
+    lines = [f"from diffusers import {', '.join(imports)}", ""]
     for name, (path, subfolder, _) in own.items():
-        lines.append(
-            f"{name} = {_OWN_CLASSES[name]}.from_pretrained({_arguments(path, subfolder=subfolder)})"
-        )
+        lines.append(f"{name} = {classes[name]}.from_pretrained({_arguments(path, subfolder=subfolder)})")
     given = "".join(f", {name}={name}" for name in own)
     lines.append(f"pipeline = {spec.pipeline_name}.{load}{given})")
     if holds in ("adapter", "kohya"):

@@ -286,10 +286,10 @@ def test_the_same_command_again_writes_the_card_alone(
 
 REFUSED = {
     "a run": (("format=kohya",), "", r"is the folder of a run, not an adapter: give .*/adapter"),
-    "full as lora": (("format=merged",), "full", "holds a whole UNet, no LoRA: use format=full"),
+    "full as lora": (("format=merged",), "full", "holds a whole unet, no LoRA: use format=full"),
     "lora as full": (("format=full",), "lora", "holds no folder unet: format=full exports adapter.kind=full"),
     "no weight": (("weight=0",), "lora", "weight=0: use a finite number other than 0"),
-    "a weight of a UNet": (("format=full", "weight=0.5"), "full", "means nothing for a whole UNet"),
+    "a weight of a UNet": (("format=full", "weight=0.5"), "full", "means nothing for a whole unet"),
     "one file of a LoRA": (
         ("single_file=true",),
         "lora",

@@ -1,0 +1,180 @@
+"""The LoRA files of a family of pipelines: written and read by the pipeline's own class of diffusers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import convert_unet_state_dict_to_peft
+from torch import Tensor
+
+from diffalign.common.errors import UserError, brief
+
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+NOUNS = {"unet": "UNet", "transformer": "transformer"}
+"""What a person calls the network, by the name of its part."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a file holds, in the words of diffusers.
+
+    Attributes:
+        state: its tensors; those of the network begin with the name of its part.
+        alphas: alpha by layer, where the file has them beside the tensors.
+        metadata: peft's settings, where the file has them.
+    """
+
+    state: dict[str, Tensor]
+    alphas: dict[str, Any] | None
+    metadata: dict[str, Any] | None
+
+
+class LoraFiles:
+    """Writes and reads the LoRAs of one family.
+
+    Args:
+        pipeline_class: the diffusers pipeline.
+        part: the network's name in it, "unet" or "transformer".
+    """
+
+    def __init__(self, pipeline_class: Any, part: str) -> None:
+        self.pipeline_class, self.part = pipeline_class, part
+
+    def write(self, state: dict[str, Tensor], config: dict[str, Any], folder: str | Path) -> None:
+        """Writes an adapter's tensors with peft's settings as the metadata that makes it reload equal.
+
+        Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout
+        stays active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
+        """
+        config = {**config, "lora_dropout": 0.0, "inference_mode": True}
+        # peft holds names as sets, whose order changes with the process: sorted, equal runs write equal
+        # files.
+        metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        self._write(tensors, metadata, str(folder))
+
+    def _write(self, state: dict[str, Tensor], metadata: dict[str, Any], folder: str) -> None:
+        layers = {f"{self.part}_lora_layers": state, f"{self.part}_lora_adapter_metadata": metadata}
+        self.pipeline_class.save_lora_weights(folder, weight_name=WEIGHTS_FILE, **layers)
+
+    def read(self, path: str, network: Any) -> LoraFile:
+        """The adapter at `path`, in any layout that diffusers reads; it fits `network`.
+
+        Raises:
+            UserError: nothing there, not an adapter, or layers that the network lacks or has in another size.
+        """
+        local = Path(path)
+        if not local.exists() and (local.is_absolute() or path.startswith(".") or path.count("/") != 1):
+            raise UserError(f"adapter {path} does not exist: give a folder, a .safetensors file or a hub id")
+        part = self.part
+        if (local / "adapter").is_dir():
+            raise UserError(f"{path} is the folder of a run, not an adapter: give {path}/adapter")
+        if (local / part).is_dir():
+            raise UserError(
+                f"{path} is a whole {NOUNS[part]}, not an adapter: use model.{part}={path}/{part}"
+            )
+        try:
+            file = self._read(path, network)
+        except Exception as error:  # converting a foreign layout, or asking the hub, fails in many ways
+            raise UserError(f"cannot read the adapter {path}: {brief(error)}") from error
+        if not file.state or not all("lora" in key for key in file.state):
+            raise UserError(
+                f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote"
+            )
+        _check_fits(self.network_state(file), network, path)
+        return file
+
+    def _read(self, path: str, network: Any) -> LoraFile:
+        # One call for every pipeline: those that know no such option leave it aside.
+        found = self.pipeline_class.lora_state_dict(
+            path, unet_config=network.config, return_lora_metadata=True, return_alphas=True
+        )
+        alphas = found[1] if len(found) == 3 else None
+        return LoraFile(found[0], alphas and self._alphas_by_layer(alphas), found[-1])
+
+    def place(self, network: Any, name: str, file: LoraFile, path: str) -> None:
+        """Adds to `network`, as `name`, what `read` has read from `path`.
+
+        Raises:
+            UserError: the tensors and the settings beside them contradict one another.
+        """
+        try:
+            network.load_lora_adapter(
+                file.state,
+                prefix=self.part,
+                network_alphas=file.alphas,
+                adapter_name=name,
+                metadata=file.metadata,
+            )
+        except Exception as error:  # peft and torch find many things wrong, in types of many kinds
+            raise UserError(f"cannot use the adapter {path}: {brief(error)}; get its whole file") from error
+
+    def network_state(self, file: LoraFile) -> dict[str, Tensor]:
+        """The network's tensors by peft's names, whichever layout (peft, diffusers, kohya) the file has."""
+        return self._peft_names(file.state)
+
+    def is_of_network(self, file: LoraFile) -> bool:
+        """Whether the file changes the network alone, and no text encoder."""
+        return all(key.startswith(f"{self.part}.") for key in file.state)
+
+    def _peft_names(self, state: dict[str, Any]) -> dict[str, Any]:
+        prefix = f"{self.part}."
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not inside or "lora_A" in next(iter(inside)):
+            return inside
+        converted: dict[str, Any] = convert_unet_state_dict_to_peft(inside)
+        return converted
+
+    def _alphas_by_layer(self, alphas: dict[str, Any]) -> dict[str, Any]:
+        """Kohya's alphas under the names of their layers.
+
+        diffusers (0.42) names those of attention layers by their tensors; where alphas differ from layer to
+        layer peft (0.21) then ignores them, with a warning.
+        """
+        named = {}
+        for key, alpha in alphas.items():
+            name = key.removesuffix(".alpha")
+            for layer in self._peft_names({name: alpha}):
+                name = f"{self.part}.{layer.partition('.lora_')[0]}"
+            named[f"{name}.alpha"] = alpha
+        return named
+
+
+def _check_fits(named: dict[str, Tensor], network: Any, path: str) -> None:
+    for layer, ranks in _ranks(named).items():
+        if len(ranks) < 2 or ranks[0] != ranks[1]:
+            raise UserError(
+                f"adapter {path} is not whole: the factors of {layer} do not fit one another; get it anew"
+            )
+    for key, value in named.items():
+        for marker, axis, side in ((".lora_A.", 1, "inputs"), (".lora_B.", 0, "outputs")):
+            layer_name, found, _ = key.partition(marker)
+            if not found:
+                continue
+            weight = _weight_of(network, layer_name)
+            if weight is None or weight.shape[axis] != value.shape[axis]:
+                base = "has no such layer" if weight is None else f"has {weight.shape[axis]} {side} there"
+                raise UserError(
+                    f"adapter {path} is for another architecture: {layer_name} has {value.shape[axis]} "
+                    f"{side}, the base {base}; use the base it was trained on"
+                )
+
+
+def _ranks(named: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Layer -> the rank that each of its two factors has; one number where a factor is missing."""
+    found: dict[str, list[int]] = {}
+    for key, value in named.items():
+        for marker, axis in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
+            if key.endswith(marker):
+                found.setdefault(key.removesuffix(marker), []).append(value.shape[axis])
+    return found
+
+
+def _weight_of(network: Any, layer_name: str) -> Tensor | None:
+    try:
+        layer = network.get_submodule(layer_name)
+    except AttributeError:
+        return None
+    return getattr(getattr(layer, "base_layer", layer), "weight", None)

@@ -1,0 +1,356 @@
+"""A diffusers pipeline behind one `Model`: what the families of backbones share."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.common import draws
+from diffalign.common.conditioning import Conditioning
+from diffalign.common.errors import UserError, brief
+from diffalign.common.manifest import recipe_identity
+from diffalign.common.progress import say
+from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, without_requires_grad
+from diffalign.diffusion.process import Process
+from diffalign.models import _adapters, scheduler_class
+from diffalign.models._base import REFERENCE, NonFinitePicture, torch_dtype
+from diffalign.models._export import ExportableModel
+from diffalign.models._lora_files import LoraFiles
+from diffalign.models._parts import Parts, quiet_libraries
+from diffalign.models._samplers import check_scheduler
+from diffalign.models._spec import ModelSpec
+from diffalign.models._trainable import TrainableModel
+
+
+class PipelineModel(TrainableModel, ExportableModel):
+    """A backbone; subclasses name the encoders, read the geometry and bring the conditioning to the network.
+
+    Args:
+        spec: which weights.
+        device: where they go.
+
+    Attributes:
+        latent_channels: of the VAE.
+        latent_scale: pixels a side of a latent.
+        size_multiple: pixels that both sides of a picture are a multiple of.
+        default_resolution: pixels a side that the base was made for.
+    """
+
+    encoder_parts: ClassVar[tuple[str, ...]]
+    latent_channels: int
+    latent_scale: int
+    size_multiple: int
+    default_resolution: int
+
+    def __init__(self, spec: ModelSpec, device: str = "cpu") -> None:
+        self.spec, self.device = spec, torch.device(device)
+        self.parts = Parts(spec, device, (*self.encoder_parts, "vae", self.network_part, "scheduler"))
+        vae, network = self.parts.config("vae"), self.parts.config(self.network_part)
+        self.latent_channels = vae["latent_channels"]
+        self.latent_scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.read_geometry(network)
+        self._base_config = network
+        self.check_network(network, self.parts.source(self.network_part).path)
+        self._denoiser: Denoiser | None = None
+        self._adapter_weights: dict[str, float] = {}
+        self._adapts_encoders = False
+
+    def read_geometry(self, network_config: dict[str, Any]) -> None:
+        """Sets `size_multiple` and `default_resolution`."""
+        raise NotImplementedError
+
+    def check_network(self, config: dict[str, Any], path: str) -> None:
+        """Refuses a network from `path` that is of another family, or does not fit the base's other parts."""
+        raise NotImplementedError
+
+    def call(self, network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The network's native prediction for `x_t` `[B, c, h, w]` at its own time `t_B` `[B]`."""
+        raise NotImplementedError
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline of this family."""
+        import diffusers
+
+        return getattr(diffusers, self.spec.pipeline_name)
+
+    @property
+    def network(self) -> Any:
+        """The network, loaded on first use."""
+        return self.parts[self.network_part]
+
+    @property
+    def lora_files(self) -> LoraFiles:
+        """Those of the pipeline's class."""
+        return LoraFiles(self.pipeline_class, self.network_part)
+
+    @property
+    def process(self) -> Process:
+        """The forward process of the base's scheduler."""
+        return Process.from_scheduler(self.parts["scheduler"])
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network behind the boundary; the base is the reference until training is set up."""
+        if self._denoiser is None:
+            self._prepare_network(self.network)
+            self._denoiser = Denoiser(self.network, self.process, self.call, {REFERENCE: Adapters()})
+        return self._denoiser
+
+    def _prepare_network(self, network: Any) -> None:
+        if self.spec.attention == "xformers":
+            try:
+                network.enable_xformers_memory_efficient_attention()
+            except (ImportError, ModuleNotFoundError, ValueError) as error:
+                raise UserError(
+                    f"model.attention=xformers: {brief(error)}; install diffalign[xformers] on "
+                    "a GPU machine, or use model.attention=sdpa"
+                ) from error
+        if self.spec.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+
+    # Encoding
+
+    def _own_precision(self) -> Any:
+        # `vae_dtype` holds whatever the precision of training: under fp16 autocast SDXL's overflows.
+        return torch.autocast(self.device.type, enabled=False)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`(mean, std)` of scaled latents, `[B, c, h, w]` float32, of images `[B, 3, H, W]` in [0, 1]."""
+        vae = self.parts["vae"]
+        with self._own_precision():
+            posterior = vae.encode((images * 2.0 - 1.0).to(self.device, vae.dtype)).latent_dist
+        shift, scale = _shift_and_scale(vae)
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` float32 in [0, 1] of scaled latents `[B, c, h, w]`; NaN where it fails."""
+        vae = self.parts["vae"]
+        shift, scale = _shift_and_scale(vae)
+        with self._own_precision():
+            decoded = vae.decode((latents / scale + shift).to(self.device, vae.dtype), return_dict=False)[0]
+        images = decoded.float() / 2.0 + 0.5
+        return images.clamp(0.0, 1.0).where(images.isfinite(), torch.nan)
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning with one row a prompt; made by the pipeline's own `encode_prompt`."""
+        return self.embed_for_generation(prompts)[0]
+
+    def say_too_long(self, prompts: list[str]) -> None:
+        """Says how many prompts are longer than the text encoders read; their ends are ignored."""
+        if not prompts:
+            return
+        tokenizer = self.parts["tokenizer"]
+        with quiet_libraries():
+            lengths = [len(tokens) for tokens in tokenizer(prompts).input_ids]
+        limit = tokenizer.model_max_length
+        long = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+        if long:
+            say(
+                f"{len(long)} of {len(prompts)} prompts have more than the {limit} tokens that the text "
+                f"encoders read; the rest of them is ignored: {long[0][:40]!r}..."
+            )
+
+    def encode_dropped_prompt(self) -> Conditioning:
+        """One row: what classifier-free guidance uses as its negative when no negative prompt is given."""
+        return self.embed_for_generation([""])[1]
+
+    def _embed(self, prompts: list[str], negative_prompt: str | None) -> tuple[Conditioning, Conditioning]:
+        """Conditioning of the prompts and of their negatives, `len(prompts)` rows each."""
+        raise NotImplementedError
+
+    def size_conditioning(
+        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Nothing: this family's network is not told about sizes."""
+        return {}
+
+    def drop_encoders(self) -> None:
+        """Frees the text encoders and the VAE; they load again when next used."""
+        self.parts.drop(*self.encoder_parts, "vae")
+
+    # Sampling
+
+    def pipeline(self, *names: str) -> Any:
+        """A diffusers pipeline that holds the parts `names` and the scheduler; the other parts are None."""
+        held = {
+            name: self.parts[name] if name in names else None
+            for name in (*self.encoder_parts, "vae", self.network_part)
+        }
+        pipeline = self.pipeline_class(**held, scheduler=self.parts["scheduler"], **self.pipeline_options())
+        pipeline.vae_scale_factor = self.latent_scale
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's class."""
+        return {}
+
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Any]:
+        """One PIL image per (prompt, seed), drawn as one batch; arguments as in `sample`.
+
+        Raises:
+            NonFinitePicture: the network or the VAE gives NaN or infinity for one of them.
+        """
+        return self.pictures(self.sample(prompts, seeds, **options), prompts, seeds)
+
+    def pictures(self, latents: Tensor, prompts: list[str], seeds: list[int]) -> list[Any]:
+        """The PIL images of latents that `sample` gave for (prompt, seed)."""
+        images = self.decode(latents)
+        _refuse_non_finite(latents, images, prompts, seeds)
+        processor = self.pipeline("vae").image_processor
+        return list(processor.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy()))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: str | None = None,
+        embedded: tuple[Conditioning, Conditioning] | None = None,
+    ) -> Tensor:
+        """Scaled latents `[B, c, h, w]`, sampled by the diffusers pipeline as one batch.
+
+        The initial noise depends on (prompt, seed) alone and is bit-equal everywhere.
+
+        Args:
+            prompts: `B` prompts.
+            seeds: `B` seeds.
+            negative_prompt: one for all; None: the branch that prompt dropout trains.
+            guidance_scale: None: the pipeline's default; 1 or less: no guidance.
+            num_inference_steps: None: the pipeline's default.
+            height: pixels, a multiple of `size_multiple`; None: the base's resolution.
+            width: likewise.
+            scheduler: class name of a diffusers scheduler; None: the base's own.
+            embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already
+                gone.
+        """
+        height, width = height or self.default_resolution, width or self.default_resolution
+        if height % self.size_multiple or width % self.size_multiple:
+            raise UserError(f"height={height}, width={width}: both must be multiples of {self.size_multiple}")
+        cond, negative = embedded or self.embed_for_generation(prompts, negative_prompt)
+        shape = (self.latent_channels, height // self.latent_scale, width // self.latent_scale)
+        noise = torch.stack(
+            [draws.normal(shape, "initial", *key) for key in zip(prompts, seeds, strict=True)]
+        )
+        pipeline = self.pipeline(self.network_part)
+        if scheduler is not None:
+            pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+        settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        with without_requires_grad(self.network):
+            latents = pipeline(
+                latents=self.to_pipeline(noise.to(self.device, torch_dtype(self.spec.dtype))),
+                height=height,
+                width=width,
+                generator=[draws.generator("sampler", *key) for key in zip(prompts, seeds, strict=True)],
+                output_type="latent",
+                **self._embedding_arguments(cond, negative),
+                **{key: value for key, value in settings.items() if value is not None},
+            ).images
+        return self.from_pipeline(latents, height, width)
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents `[B, c, h, w]` as the pipeline takes them."""
+        return latents
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents `[B, c, h, w]` of what the pipeline gives for a picture of that many pixels."""
+        return latents
+
+    def check_scheduler(self, name: str, num_inference_steps: int | None) -> None:
+        """Refuses a diffusers scheduler that does not exist or cannot sample this base."""
+        check_scheduler(name, self.parts["scheduler"], num_inference_steps)
+
+    def embed_for_generation(
+        self, prompts: list[str], negative_prompt: str | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
+        with quiet_libraries():
+            return self._embed(prompts, negative_prompt)
+
+    def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def load_policy(self, path: str) -> None:
+        """Makes what a run saved at `path` (a LoRA, or a whole network) the policy "train".
+
+        The base becomes its reference.
+
+        Raises:
+            UserError: nothing usable there, or it is for another base.
+        """
+        if (Path(path) / self.network_part).is_dir():
+            self.check_network(self.parts.config(self.network_part, path), path)
+            self.denoiser.policies[REFERENCE] = FrozenCopy(self.network)
+            self.denoiser.network = self.parts.load_as(self.network_part, path)
+            self._prepare_network(self.denoiser.network)
+            return
+        denoiser = self.denoiser
+        _adapters.add_from_file(self.network, self.lora_files, path, dropout=0.0)
+        denoiser.policies[REFERENCE] = Adapters()
+        self.network.requires_grad_(False)
+
+    def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
+        """Adds a LoRA for generation; several add up, each with its weight."""
+        file = self.lora_files.read(path, self.network)
+        # Names of our own: peft searches names in keys, an adapter called "a" would silently stay empty.
+        name = f"drawn_{len(self._adapter_weights)}"
+        everything = (*self.encoder_parts, self.network_part)
+        with warnings.catch_warnings():
+            # peft asks whether several adapters are meant. They are.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            if self.lora_files.is_of_network(file):
+                self.lora_files.place(self.network, name, file, path)
+            else:
+                self._adapts_encoders = True
+                self.pipeline(*everything).load_lora_weights(path, adapter_name=name)
+        self._adapter_weights[name] = weight
+        adapted = self.pipeline(*everything) if self._adapts_encoders else self.network
+        adapted.set_adapters(list(self._adapter_weights), list(self._adapter_weights.values()))
+
+    def _weights(self) -> tuple[str, ...]:
+        return (*self.encoder_parts, "vae", self.network_part)
+
+    def encoder_fingerprint(self) -> str:
+        """Identity of VAE and text encoders."""
+        return recipe_identity({name: self.parts.identity(name) for name in (*self.encoder_parts, "vae")})
+
+    def fingerprint(self) -> str:
+        """Identity of network, VAE, text encoders and forward process; the sampler does not matter."""
+        process = self.process
+        return recipe_identity(
+            {
+                **{name: self.parts.identity(name) for name in self._weights()},
+                "process": {"prediction": process.prediction, "alphas": process.alphas},
+            }
+        )
+
+
+def _refuse_non_finite(latents: Tensor, images: Tensor, prompts: list[str], seeds: list[int]) -> None:
+    """Refuses what would be written as a plain black picture and scored as a real one."""
+    for prompt, seed, latent, image in zip(prompts, seeds, latents, images, strict=True):
+        if not bool(latent.isfinite().all()):
+            cause = "the network diverges: use an adapter of an earlier step, or model.dtype=bf16 or fp32"
+        elif not bool(image.isfinite().all()):
+            cause = (
+                "the VAE overflows: use model.vae_dtype=fp32, or one fixed for half precision (model.vae=...)"
+            )
+        else:
+            continue
+        raise NonFinitePicture(f"the picture of {prompt!r} with seed {seed} is not finite; {cause}")
+
+
+def _shift_and_scale(vae: Any) -> tuple[float, float]:
+    return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
