@@ -228,7 +228,7 @@ def make_run(model: Model, encoded: EncodedSet, arguments: argparse.Namespace, a
     return loop.Run(
         model=model,
         objective=DiffusionDPO(beta=5000.0),
-        feed=Offline(encoded, settings, model.process.num_timesteps),
+        feed=Offline(encoded, settings, model.process),
         out=out,
         identity="",
         accelerator=accelerator,

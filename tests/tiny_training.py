@@ -19,6 +19,7 @@ from diffalign.data.records import Candidate, Record
 from diffalign.data.select import Group
 from diffalign.data.specs import LoaderSpec, PreprocessSpec
 from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.process import Process
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.objectives.diffusion_dpo import Plugin as DPO
 from diffalign.training.feed import Offline
@@ -76,8 +77,8 @@ def _scores(unit: str, groups: int, target: Tensor | None) -> Tensor:
 
 
 def draws_of(batch: Batch, *, seed: int = 0) -> Draws:
-    """The draws that training would use."""
-    return training_draws(batch, TimestepSpec(), 1000, seed=seed)
+    """The draws that training would use; of a process they ask its length alone."""
+    return training_draws(batch, TimestepSpec(), Process.flow(1000), seed=seed)
 
 
 def take(batch: Batch, draws: Draws, groups: Sequence[int]) -> tuple[Batch, Draws]:
@@ -174,7 +175,7 @@ def make_run(model: Any, train_set: EncodedSet, out: Path, **changes: Any) -> Ru
     return Run(
         model=model,
         objective=parts.get("objective", DPO(beta=2000.0)),
-        feed=Offline(train_set, settings, model.process.num_timesteps),
+        feed=Offline(train_set, settings, model.process),
         out=out,
         identity=parts.get("identity", "this run"),
         accelerator=accelerator,

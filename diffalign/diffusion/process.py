@@ -7,6 +7,8 @@ dimensions.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -17,6 +19,15 @@ from diffalign.common.errors import UserError
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 ErrorSpace = Literal["native", "epsilon", "x0"]
+
+MORE_THAN_A_SHIFT = (
+    "shift_terminal",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
+"""Settings of a flow's scheduler that move its levels in other ways."""
 
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "flow")
 
@@ -32,6 +43,35 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class SamplerShift:
+    """By how much a flow's sampler shifts its noise levels, which may depend on the size of the picture.
+
+    The shift is mu, or e^mu, where mu = intercept + slope n and n is the number of the network's tokens. Both
+    move a level u to shift u / (1 + (shift - 1) u), as `TimestepSpec.shift` does.
+
+    Args:
+        intercept: mu of no tokens.
+        slope: of mu, a token; 0: all sizes have one shift.
+        patch: side of a token in latent cells.
+        exponential: the shift is e^mu.
+
+    Source: `calculate_shift` of diffusers 0.42.1's FLUX and SD3 pipelines, `time_shift` of its
+    FlowMatchEulerDiscreteScheduler.
+    """
+
+    intercept: float
+    slope: float = 0.0
+    patch: int = 1
+    exponential: bool = False
+
+    def at(self, latent_shape: Sequence[int]) -> float:
+        """The shift for latents of `latent_shape`, whose last two entries are height and width."""
+        height, width = latent_shape[-2:]
+        mu = (height // self.patch) * (width // self.patch) * self.slope + self.intercept
+        return math.exp(mu) if self.exponential else mu
+
+
+@dataclass(frozen=True)
 class Process:
     """A discrete diffusion process of `T` steps; t = 0 is the least noisy.
 
@@ -39,6 +79,8 @@ class Process:
         alphas: `[T]` float64, signal scale at each timestep.
         sigmas: `[T]` float64, noise scale at each timestep.
         prediction: what the network was trained to output ("epsilon", "v_prediction" or "flow").
+        sampler_shift: of the base's own sampler; None where it does something else, as all but flows do. It
+            says which levels are visited, not what a level means.
 
     Convention: DDPM processes are variance preserving (alpha^2 + sigma^2 = 1) and v = alpha eps - sigma x0
     (Salimans and Ho 2022, arXiv 2202.00512). Rectified flows go straight, alpha = 1 - sigma, and their
@@ -48,20 +90,27 @@ class Process:
     alphas: Tensor
     sigmas: Tensor
     prediction: Prediction
+    sampler_shift: SamplerShift | None = None
     _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> Process:
+    def from_scheduler(cls, scheduler: Any, *, patch: int | None = None) -> Process:
         """The process a diffusers scheduler samples from, read from its config alone.
 
         Recomputed in float64 from the betas: the schedulers keep float32 products.
+
+        Args:
+            scheduler: of any kind.
+            patch: side of the network's tokens in latent cells, where the pipeline tells a scheduler with
+                dynamic shifting their number: 2 of FLUX, which packs 2 x 2 cells, `patch_size` of SD3. None:
+                there are none, or the pipeline goes by something else.
 
         Raises:
             UserError: for a beta schedule or prediction type that no base of the known families uses.
         """
         config = scheduler.config
         if type(scheduler).__name__.startswith("FlowMatch"):
-            return cls.flow(config["num_train_timesteps"])
+            return cls.flow(config["num_train_timesteps"], _sampler_shift(config, patch))
         prediction = config.get("prediction_type", "epsilon")
         known = [name for name in PREDICTIONS if name != "flow"]
         if prediction not in known:
@@ -76,14 +125,14 @@ class Process:
         return cls(alphas, (1.0 - alphas**2).clamp_min(0.0).sqrt(), cast(Prediction, prediction))
 
     @classmethod
-    def flow(cls, num_timesteps: int) -> Process:
+    def flow(cls, num_timesteps: int, sampler_shift: SamplerShift | None = None) -> Process:
         """A rectified flow with equal steps of sigma, from 1/T at t = 0 to 1, which is noise alone.
 
         Convention: the grid is not shifted. A scheduler's `shift` moves the levels that a sampler visits, and
-        the distribution of training levels, not what a level means; see `TimestepSpec.shift`.
+        the distribution of training levels, not what a level means; see `TimestepSpec`.
         """
         sigmas = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        return cls(1.0 - sigmas, sigmas, "flow")
+        return cls(1.0 - sigmas, sigmas, "flow", sampler_shift)
 
     @property
     def num_timesteps(self) -> int:
@@ -194,6 +243,21 @@ def rescale_zero_terminal_snr(alphas: Tensor) -> Tensor:
     """
     first, last = alphas[0], alphas[-1]
     return (alphas - last) * first / (first - last)
+
+
+def _sampler_shift(config: Any, patch: int | None) -> SamplerShift | None:
+    """How a flow's scheduler shifts its levels; None where one shift does not say it."""
+    if any(config.get(key) for key in MORE_THAN_A_SHIFT):
+        return None
+    if not config.get("use_dynamic_shifting"):
+        return SamplerShift(config["shift"])
+    low, high = config.get("base_shift"), config.get("max_shift")
+    fewest, most = config.get("base_image_seq_len"), config.get("max_image_seq_len")
+    if patch is None or None in (low, high, fewest, most) or fewest == most:
+        return None
+    slope = (high - low) / (most - fewest)
+    exponential = config.get("time_shift_type", "exponential") == "exponential"
+    return SamplerShift(low - slope * fewest, slope, patch, exponential)
 
 
 def _betas(config: Any) -> Tensor:

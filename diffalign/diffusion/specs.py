@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from diffalign.common.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from diffalign.diffusion.process import Process, SamplerShift
 
 KINDS = ("uniform", "logit_normal", "mode", "grid")
 LARGEST_MODE_SCALE = 2.0 / (math.pi - 2.0)
@@ -28,7 +31,13 @@ class TimestepSpec:
         high: one past the largest; null: the length of the process.
         strata: consecutive samples of the run cycle through this many equal slices of [0, 1); 0 or 1: none.
         shift: moves drawn levels u in [0, 1) towards noise (above 1) or away from it, to
-            shift u / (1 + (shift - 1) u) (Esser et al. 2024, section 5.3.2); SD3's own scheduler has 3.
+            shift u / (1 + (shift - 1) u) (Esser et al. 2024, section 5.3.2).
+        sampler_shift: take for `shift` what the base's own sampler has at the pictures' size: 3 of SD3 at any
+            size, of FLUX.1-dev 1.65 at 256 x 256 and 3.16 at 1024 x 1024 pixels; rectified flows only.
+
+    Convention: levels rise with noise, as in the paper. The DreamBooth LoRA scripts of diffusers for SD3 (at
+    0185674) and FLUX (at 0050dea) count them from the noisiest, so that their `logit_mean` has the other
+    sign; the first shifts them as the scheduler does, the second leaves dynamic shifting out.
     """
 
     kind: Literal["uniform", "logit_normal", "mode", "grid"] = "uniform"
@@ -40,6 +49,7 @@ class TimestepSpec:
     grid: list[int] = field(default_factory=list)
     strata: int = 0
     shift: float = 1.0
+    sampler_shift: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -56,17 +66,27 @@ class TimestepSpec:
             )
         if not 0.0 < self.shift < math.inf:
             raise UserError(f"timesteps.shift is {self.shift}: use a value above 0; 1 shifts nothing")
-        if self.kind == "grid" and self.shift != 1.0:
+        if self.sampler_shift and self.shift != 1.0:
             raise UserError(
-                "timesteps.shift moves drawn timesteps, not those of timesteps.grid: leave it out"
+                f"timesteps.shift={self.shift} and timesteps.sampler_shift are both set: leave one out"
+            )
+        if self.kind == "grid" and (self.sampler_shift or self.shift != 1.0):
+            key = "sampler_shift" if self.sampler_shift else "shift"
+            raise UserError(
+                f"timesteps.{key} moves drawn timesteps, not those of timesteps.grid: leave it out"
             )
         if self.strata < 0:
             raise UserError(f"timesteps.strata is {self.strata}: use 0 or more")
         if self.low < 0 or (self.high is not None and self.high <= self.low):
             raise UserError(f"timesteps low={self.low}, high={self.high}: use 0 <= low < high")
 
-    def check(self, num_timesteps: int) -> None:
-        """Refuses timesteps that a process with `num_timesteps` steps does not have."""
+    def check(self, process: Process) -> None:
+        """Refuses timesteps, or a shift of the sampler, that a process does not have."""
+        self._check_range(process.num_timesteps)
+        if self.sampler_shift:
+            _shift_of_sampler(process)
+
+    def _check_range(self, num_timesteps: int) -> None:
         last = num_timesteps - 1 if self.high is None else self.high - 1
         outside = [t for t in [*self.grid, self.low, last] if not 0 <= t < num_timesteps]
         if outside:
@@ -74,11 +94,23 @@ class TimestepSpec:
                 f"timestep {outside[0]} is outside [0, {num_timesteps}): the base has {num_timesteps}"
             )
 
+    def at(self, process: Process, latent_shape: Sequence[int]) -> TimestepSpec:
+        """The same with the number that `sampler_shift` stands for with latents of `latent_shape`."""
+        if not self.sampler_shift:
+            return self
+        return replace(self, sampler_shift=False, shift=_shift_of_sampler(process).at(latent_shape))
+
     def draw(self, u_B: Tensor, num_timesteps: int) -> Tensor:
-        """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)), for a process of `num_timesteps`."""
+        """Timesteps `[B]` int64 for uniforms `u_B` (float64 in [0, 1)), for a process of `num_timesteps`.
+
+        Raises:
+            ValueError: `sampler_shift` is no number yet: draw from `at(...)`.
+        """
         import torch
 
-        self.check(num_timesteps)
+        if self.sampler_shift:
+            raise ValueError("sampler_shift depends on the size of the latents: draw from at(...)")
+        self._check_range(num_timesteps)
         high = num_timesteps if self.high is None else self.high
         if self.kind == "grid":
             return torch.tensor(self.grid)[(u_B * len(self.grid)).long()]
@@ -94,3 +126,17 @@ class TimestepSpec:
         if self.kind == "mode":
             return 1.0 - u_B - self.scale * (torch.cos(torch.pi / 2.0 * u_B) ** 2 - 1.0 + u_B)
         return u_B
+
+
+def _shift_of_sampler(process: Process) -> SamplerShift:
+    if process.sampler_shift is not None:
+        return process.sampler_shift
+    if process.prediction != "flow":
+        raise UserError(
+            "timesteps.sampler_shift is of rectified flows, and this base is none "
+            f"(it predicts {process.prediction}): leave it out"
+        )
+    raise UserError(
+        "timesteps.sampler_shift: this base's scheduler moves its levels by more than a shift: leave it out, "
+        "or give a number as timesteps.shift"
+    )

@@ -74,8 +74,7 @@ class GivenPictures:
 
         encoded = self._encode(model)
         train_set, heldout = split(encoded, self._settings.validation, self._settings.seed)
-        steps = model.process.num_timesteps
-        return Offline(train_set, self._settings, steps, self._objective.noise), heldout
+        return Offline(train_set, self._settings, model.process, self._objective.noise), heldout
 
     def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """The tally of the data."""
@@ -138,7 +137,7 @@ class CachedPictures:
         )
         say(f"{len(chosen)} examples of {self._tally.asked} rows; dropped: {self._tally.reasons()}")
         train_set, heldout = split(chosen, settings.validation, settings.seed)
-        return Offline(train_set, settings, model.process.num_timesteps, objective.noise), heldout
+        return Offline(train_set, settings, model.process, objective.noise), heldout
 
     def _refuse_another_base(self, model: Model) -> None:
         facts = self._cache.facts

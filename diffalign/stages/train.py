@@ -166,7 +166,7 @@ def _train(
     accelerator.wait_for_everyone()  # all have looked at the folder before one of them locks it
     model: Model = spec.load(str(accelerator.device))
     base = model.fingerprint()
-    settings.timesteps.check(model.process.num_timesteps)
+    settings.timesteps.check(model.process)
     model.check_training(settings.adapter)
     feed, heldout = examples.prepare(model, accelerator)
     inputs = examples.inputs()

@@ -10,6 +10,7 @@ from diffalign.data.batches import Batch
 from diffalign.data.encoded import Encoded
 from diffalign.data.loader import batches
 from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.process import Process
 from diffalign.training.sampling import training_draws
 from diffalign.training.specs import Settings
 
@@ -50,13 +51,13 @@ class Offline:
     Args:
         encoded: the examples.
         settings: loader, timesteps and seed of the run.
-        num_timesteps: of the process.
+        process: of the model.
         noise: one for all images of a group ("shared") or one for each ("independent").
     """
 
     encoded: Encoded
     settings: Settings
-    num_timesteps: int
+    process: Process
     noise: Literal["shared", "independent"] = "shared"
 
     why_empty: ClassVar[str] = "there are no examples: give other data"
@@ -70,9 +71,7 @@ class Offline:
         for batch in incoming:
             yield (
                 batch,
-                training_draws(
-                    batch, settings.timesteps, self.num_timesteps, seed=settings.seed, noise=self.noise
-                ),
+                training_draws(batch, settings.timesteps, self.process, seed=settings.seed, noise=self.noise),
             )
 
     def news(self) -> list[dict[str, float]]:

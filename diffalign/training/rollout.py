@@ -149,7 +149,7 @@ class Rollout:
                     training_draws(
                         batch,
                         settings.timesteps,
-                        self.model.process.num_timesteps,
+                        self.model.process,
                         seed=settings.seed,
                         noise=self.objective.noise,
                     ),

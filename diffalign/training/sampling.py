@@ -9,13 +9,14 @@ import torch
 from diffalign.common import draws
 from diffalign.data.batches import Batch
 from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.process import Process
 from diffalign.diffusion.timesteps import TimestepSpec, keyed_uniform, stratified_grid
 
 
 def training_draws(
     batch: Batch,
     timesteps: TimestepSpec,
-    num_timesteps: int,
+    process: Process,
     *,
     seed: int,
     noise: Literal["shared", "independent"] = "shared",
@@ -28,7 +29,8 @@ def training_draws(
         keyed_uniform(seed, "timestep", name, batch.epoch, position=position, strata=timesteps.strata)
         for name, position in zip(batch.ids, batch.positions.tolist(), strict=True)
     ]
-    t = timesteps.draw(torch.tensor(uniforms, dtype=torch.float64), num_timesteps)
+    distribution = timesteps.at(process, batch.latents.shape)
+    t = distribution.draw(torch.tensor(uniforms, dtype=torch.float64), process.num_timesteps)
     keys: list[tuple[int | str, ...]] = [(seed, "noise", name, batch.epoch) for name in batch.ids]
     if noise == "shared":
         return _per_image(batch, t, keys)

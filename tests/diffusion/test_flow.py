@@ -64,7 +64,8 @@ def test_a_shifted_scheduler_has_the_same_process() -> None:
     assert torch.equal(shifted.sigmas, Process.flow(1000).sigmas) and shifted.prediction == "flow"
 
 
-def test_epsilon_error_is_the_velocity_error_times_alpha_squared() -> None:
+def test_errors_in_other_spaces_are_the_velocity_error_times_a_square() -> None:
+    """(1 - sigma)^2 in epsilon space, sigma^2 in x0 space."""
     process = Process.flow(1000)
     t = torch.tensor([0, 249, 998, 999])
     x0, noise = clean_and_noise(len(t))
@@ -72,8 +73,10 @@ def test_epsilon_error_is_the_velocity_error_times_alpha_squared() -> None:
     output = target + clean_and_noise(len(t))[0].flip(0)
     velocity_error = (output - target).square().flatten(1).mean(1)
     epsilon_error = (process.to_epsilon(output, x_t, t) - noise).square().flatten(1).mean(1)
+    x0_error = (process.to_x0(output, x_t, t) - x0).square().flatten(1).mean(1)
     _, sigma = process.alpha_sigma(t)
     assert torch.allclose(epsilon_error, (1.0 - sigma) ** 2 * velocity_error, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(x0_error, sigma**2 * velocity_error, rtol=1e-10, atol=1e-14)
     assert torch.equal(process.residual_scale("epsilon", t), 1.0 - sigma)
     assert torch.equal(process.residual_scale("x0", t), -sigma)
     assert torch.equal(process.residual_scale("native", t), torch.ones(4, dtype=torch.float64))

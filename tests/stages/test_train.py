@@ -178,6 +178,10 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
         ("adapter.targets=[to_z]", "has no layer 'to_z'"),
         ("adapter.init=/nowhere", "adapter /nowhere does not exist"),
         ("timesteps.high=1001", "timestep 1000 is outside"),
+        (
+            "timesteps.sampler_shift=true",
+            "is of rectified flows, and this base is none (it predicts epsilon)",
+        ),
         ("preprocess.resolution=30", "preprocess.resolution is 30: use a multiple of 4"),
         ("num_steps=0", "num_steps=0: use 1 or more"),
         ("precision=fp16", "precision=fp16 needs a GPU"),
