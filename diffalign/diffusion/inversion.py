@@ -1,8 +1,8 @@
 """Inversion: the noise that a network says a picture was made from.
 
 Walking the probability-flow ODE from a clean latent up to timestep t gives a noisy latent x_t and with it the
-noise `(x_t - alpha_t x0) / sigma_t` from which DDIM would draw that very picture. SmPO-Diffusion compares
-images under these noises instead of random ones.
+noise `(x_t - alpha_t x0) / sigma_t` from which DDIM, or of a rectified flow an Euler sampler, would draw that
+very picture. SmPO-Diffusion compares images under these noises instead of random ones.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def implied_noise(
         cond: conditioning with B rows.
         t: `[B]` int64.
         steps: see `inversion_levels`.
-        corrections: 0: DDIM inversion. From 1 on ReNoise (Garibi et al. 2024, arXiv 2403.14602): the network
-            is asked again at each new estimate of the next latent, and the step is made with the mean of all
-            its predictions.
+        corrections: 0: DDIM inversion, of a flow Euler steps. From 1 on ReNoise (Garibi et al. 2024, arXiv
+            2403.14602): the network is asked again at each new estimate of the next latent, and the step is
+            made with the mean of all its predictions.
         grid: see `inversion_levels`.
 
     Convention: every prediction of a step is asked for at the timestep that the step leads to.
@@ -94,7 +94,8 @@ def implied_noise(
     those of the "common" one, which makes a single step there. Convention: it is never brought back to 1.
 
     Where alpha_t is 0 (the end of a zero-terminal-SNR base) the noise is what the network says there; a v
-    network says the latent of the level before, which comes to the ODE's own end as steps grow.
+    network says the latent of the level before, which comes to the ODE's own end as steps grow. A flow is
+    walked to sigma = 1 like to any other level.
 
     Raises:
         UserError: from `inversion_levels`.
@@ -128,17 +129,24 @@ def _step(
     14). For the noise n = (x - alpha x0) / sigma that is n_b = w n_a + (1 - w) eps with w = rho_a / rho_b: a
     mean of predictions, with no difference of large numbers for a small sigma_t to blow up. A network that
     always says eps gets eps.
+
+    A flow makes the Euler step of dx/dsigma = v, x_b = x_a + (sigma_b - sigma_a) v, which an Euler sampler
+    makes downwards. With x = x0 + sigma (n - x0) that is n_b = w n_a + (1 - w) (x0 + v) with w = sigma_a /
+    sigma_b: again a mean, also at sigma_b = 1. A network that always says v gets x0 + v.
+
+    Convention: where v and its latent are of one level the two are one step. But here the network is asked
+    about x_a at t_b, and with the scales of t_b DDIM's step is alpha_b / alpha_a times Euler's: none at all
+    where alpha_b is 0, at which the walk would no longer be of first order.
     """
-    process = denoiser.process
+    process, flow = denoiser.process, denoiser.process.prediction == "flow"
     (alpha_a, sigma_a), (alpha_b, sigma_b) = _alpha_sigma(process, source_B), _alpha_sigma(process, t_B)
-    alpha_a, sigma_a, kept = (
-        expand(value, x0).to(x0.dtype)
-        for value in (alpha_a, sigma_a, sigma_a * alpha_b / (alpha_a * sigma_b))
-    )
+    share = sigma_a / sigma_b if flow else sigma_a * alpha_b / (alpha_a * sigma_b)
+    alpha_a, sigma_a, kept = (expand(value, x0).to(x0.dtype) for value in (alpha_a, sigma_a, share))
     x_t = alpha_a * x0 + sigma_a * noise
     total = torch.zeros_like(x0)
     for _ in range(corrections + 1):
-        eps = process.to_epsilon(denoiser.predict(x_t, t_B, cond).to(x0.dtype), x_t, t_B)
+        output = denoiser.predict(x_t, t_B, cond).to(x0.dtype)
+        eps = x0 + output if flow else process.to_epsilon(output, x_t, t_B)
         total = total + eps
         x_t = process.add_noise(x0, kept * noise + (1.0 - kept) * eps, t_B)
     return kept * noise + (1.0 - kept) * (total / (corrections + 1))

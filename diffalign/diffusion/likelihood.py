@@ -127,8 +127,8 @@ def elbo_weight(process: Process, t_B: Tensor) -> tuple[Tensor, ErrorSpace]:
     """`[B]` float64 weight of a *summed* squared error in nats at t >= 1, and the space of that error.
 
     Epsilon errors: (SNR(t-1) / SNR(t) - 1) / 2. Where some SNR(t) is 0 the epsilon error says nothing, so all
-    of the batch is measured on x0: (SNR(t-1) - SNR(t)) / 2. Source: Kingma et al. 2021, arXiv 2107.00630,
-    eq. 14.
+    of the batch is measured on x0: (SNR(t-1) - SNR(t)) / 2. Both hold for any x_t = alpha x0 + sigma eps
+    whose SNR falls, rectified flows as well. Source: Kingma et al. 2021, arXiv 2107.00630, eq. 14.
     """
     if bool((t_B < 1).any()):
         raise ValueError("the ELBO has terms for t >= 1 only; the t = 0 reconstruction is left out")
@@ -145,6 +145,7 @@ def elbo(denoiser: Denoiser, latents: Tensor, cond: Conditioning, draws: list[Dr
     Minus (T - 1) times the mean over draws of the weighted, summed squared error; unbiased for the diffusion
     terms when each draw's t is uniform on 1..T-1. The t = 0 reconstruction term and the prior term KL(q(x_T)
     | N(0, I)) are left out: both are the same for a policy and its reference up to the last denoising step.
+    (Where the last SNR is 0, as of flows, so is the prior term.)
 
     Args:
         denoiser: queried under whichever policy is selected by the caller.

@@ -47,7 +47,9 @@ def diffusion_dpo_loss(
 
     Convention: beta multiplies half of a difference of *mean* errors, as in
     SalesforceAIResearch/DiffusionDPO@5233e75 train.py:1130-1145. The paper's equation 14 has sums and no
-    half; diffusers' example has means and no half (its beta 2500 is 5000 here).
+    half; diffusers' example has means and no half (its beta 2500 is 5000 here). Of flows
+    yifan123/flow_grpo@ac4c86e scripts/train_sd3_dpo.py:926-936 has means, the half and unweighted velocity
+    errors, which are the native ones here.
     """
     logit = diffusion_dpo_logit(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
     if target is None:
@@ -71,7 +73,8 @@ class Plugin(StabilisedPairs):
     """Diffusion-DPO on pairs, with soft targets for ties and votes.
 
     Args:
-        beta: default 5000 as in the authors' launchers; the paper finds 2000 to 5000 good.
+        beta: default 5000 as in the authors' launchers; the paper finds 2000 to 5000 good. On the velocity
+            errors of SD3.5 public code has 100 (yifan123/flow_grpo@ac4c86e config/dpo.py).
         error_space: space of the errors: "native" to the network, "epsilon" or "x0".
         safeguard: mu in [0, 1]: the loser's gradient is scaled down, pair by pair, until a small step still
             lowers the winner's error by at least this share of what its own gradient would, to first order

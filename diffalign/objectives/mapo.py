@@ -22,6 +22,8 @@ from diffalign.objectives._base import Objective, Output, Unit, require_error_sp
 
 FORMS = ("code", "paper")
 SNR_VALUE = 0.5
+FLOW_SHARE = 1.0 / 3.0
+"""Of s, for errors of a flow's velocity; `Plugin` says why."""
 NUM_TRAIN_TIMESTEPS = 1000
 SERIES_LIMIT = 0.5
 """Below it log phi is its Taylor series: there the closed form loses digits, and at 0 it is 0 / 0."""
@@ -112,7 +114,8 @@ def mapo_loss(
             margin is felt only while errors are below 0.01). For small errors "code" is the winner's error
             plus beta times Diffusion-DPO without reference at its beta = s T = 500.
         form: "code" or "paper".
-        snr_value: s of "code"; a constant, whatever its name says.
+        snr_value: s of "code"; a constant, whatever its name says. Errors that are r times as large have the
+            same logit with s / r and r times the loss with s / r and r beta.
         num_train_timesteps: T of "code".
     """
     logit = mapo_logit(
@@ -128,11 +131,19 @@ class Plugin(Objective):
     The loss knows a winner and a loser and nothing between: a pair with a soft label trains as a win of its
     likelier side, and a tie is left out of the data, also under `data.ties=soft`.
 
+    Convention: the published numbers are for errors of noise (of v networks the authors' code takes them as
+    they are). A rectified flow's error of noise is (1 - sigma)^2 times that of velocity, so
+    `error_space=epsilon` is the published loss. Native errors weigh all levels alike, as in public flow DPO.
+    With velocity errors that are the same at every level, they are r = 3 times those of noise in the mean
+    over equally likely levels (pi times with the best network for white data of variance 1), so s / 3,
+    which native errors of a flow get, makes about the published margin on average. beta is taken as it is,
+    but should scale along: 0.3 is what 0.1 was, and in form "paper" a third of a beta what the whole was.
+
     Args:
         beta: weight of the margin in form "code" (0.1 in the authors' command), exponent and one over the
             weight in form "paper" (1024 in their best ablation): without a default, since they differ so.
         form: "code", what the authors ran, or "paper", equations 9 to 11 of version 2.
-        snr_value: s of form "code".
+        snr_value: s of form "code", for errors of noise; a third of it is taken of a flow's native errors.
         num_train_timesteps: T of form "code", a factor of the margin whatever the base's own number is.
         error_space: space of the errors: "native" to the network, "epsilon" or "x0".
     """
@@ -180,10 +191,11 @@ class Plugin(Objective):
         first, second = first_and_second(terms.err)
         flipped = _second_wins(batch, first)
         err_w, err_l = second.where(flipped, first), first.where(flipped, second)
+        of_velocity = denoiser.process.prediction == "flow" and self.error_space == "native"
         options: dict[str, Any] = {
             "beta": self.beta,
             "form": self.form,
-            "snr_value": self.snr_value,
+            "snr_value": self.snr_value * (FLOW_SHARE if of_velocity else 1.0),
             "num_train_timesteps": self.num_train_timesteps,
         }
         logs = {

@@ -121,8 +121,8 @@ class Plugin(Objective):
         passes: "one" holds the activations of a whole list; "two" those of one image, for one more forward
             pass of the policy an image: the first pass tells each image's pull on the loss, the second runs
             it again with gradient.
-        error_space: space of the errors: "native" to the network, "epsilon" (the only one in the paper) or
-            "x0".
+        error_space: space of the errors: "native" to the network, "epsilon" (the only one in the paper; of a
+            flow, as is its SD3, velocity errors times (1 - sigma)^2) or "x0".
     """
 
     beta: float = 5000.0

@@ -105,8 +105,9 @@ class Plugin(StabilisedPairs):
         reward_max: largest score; given or left out together with reward_min.
         order: "reward": the image with the higher score wins and the human label is ignored (as published);
             "label": the label says which image wins and the scores only how strongly, P = max(P, 1 - P).
-        inversion: noises of the images: "renoise" and "ddim" invert them, with and without a correction per
-            step; "none": random noise, one a pair, as in Diffusion-DPO.
+        inversion: noises of the images: "renoise" and "ddim" (of a flow the Euler steps of its ODE) invert
+            them, with and without a correction per step; "none": random noise, one a pair, as in
+            Diffusion-DPO.
         inversion_steps: default 9 as in the paper; the authors' code has 5 (SD 1.5) and 10 (SDXL).
         inversion_grid: "common" cuts the process into that many steps, the last step of an image is cut short
             at its t; "own" cuts the way to t: more exact at small t, on average 1.8 times as much work.

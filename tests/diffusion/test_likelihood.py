@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.diffusion.denoiser import Denoiser, FrozenCopy
@@ -66,6 +67,32 @@ def test_terms_by_hand() -> None:
     in_x0 = denoising_terms(denoiser, latents, cond(1), draws, reference=True, error_space="x0")
     assert in_x0.err.item() == pytest.approx(0.765, abs=1e-6)
     assert in_x0.ref_err is not None and in_x0.ref_err.item() == pytest.approx(0.28125, abs=1e-6)
+
+
+def test_terms_of_a_flow_by_hand() -> None:
+    """sigma = 1/4 and 1, x0 = (1, 2), eps = (1, 0), v = eps - x0 = (0, -2); policy x_t, reference 0.
+
+    At 1/4 x_t = (1, 1.5), residual (1, 3.5), mean square 6.625; the reference's (0, 2), 2. On eps times
+    (3/4)^2: 3.7265625 and 1.125; on x0 times (1/4)^2: 0.4140625 and 0.125.
+    At 1 x_t = eps, residual (1, 2): 2.5, also on x0, and the noise is not in question: 0, with no gradient.
+    """
+    denoiser = denoiser_of(Process.flow(4), Constant(scale=1.0))
+    denoiser.policies["reference"] = FrozenCopy(Constant())
+    latents, noise = torch.tensor([[1.0, 2.0]] * 2), torch.tensor([[1.0, 0.0]] * 2)
+    draws = Draws(torch.tensor([0, 3]), noise)
+    for space, err, ref_err in (
+        ("native", [6.625, 2.5], [2.0, 2.0]),
+        ("epsilon", [3.7265625, 0.0], [1.125, 0.0]),
+        ("x0", [0.4140625, 2.5], [0.125, 2.0]),
+    ):
+        terms = denoising_terms(denoiser, latents, cond(2), draws, reference=True, error_space=space)  # type: ignore[arg-type]
+        assert terms.ref_err is not None
+        assert terms.err.tolist() == err and terms.ref_err.tolist() == ref_err
+    last = Draws(draws.t[1:], noise[1:])
+    denoising_terms(
+        denoiser, latents[1:], cond(1), last, reference=False, error_space="epsilon"
+    ).err.backward()
+    assert denoiser.network.scale.grad is not None and denoiser.network.scale.grad.item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -180,14 +207,60 @@ def test_elbo_of_the_best_network_for_gaussian_data() -> None:
     assert elbo(answering(1.1), x0, cond(2), draws).mean() < best.mean()
 
 
+def posterior(process: Process, t: int, x_t: Tensor, x0: Tensor) -> Normal:
+    """q(x_{t-1} | x_t, x0) of a Gaussian process, by Bayes' rule on q(x_t | x_{t-1}) and q(x_{t-1} | x0).
+
+    x_t = (alpha_t / alpha_s) x_s + noise of variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, s = t - 1.
+    """
+    (alpha_s, alpha_t), (sigma_s, sigma_t) = (
+        scale[t - 1 : t + 1] for scale in (process.alphas, process.sigmas)
+    )
+    slope = alpha_t / alpha_s
+    step = sigma_t**2 - slope**2 * sigma_s**2
+    precision = 1.0 / sigma_s**2 + slope**2 / step
+    mean = (alpha_s * x0 / sigma_s**2 + slope * x_t / step) / precision
+    return Normal(mean, precision.rsqrt())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_elbo_terms_are_the_kl_divergences_of_the_steps(prediction: str) -> None:
+    """Between the steps to x_{t-1} that the clean latent and the network's guess at it make, in float64.
+
+    Of a flow at every t, at the last by itself and with others: SNR 9, 1, 1/9, 0 of four levels.
+    """
+    process = Process.flow(4) if prediction == "flow" else process_of("epsilon", 0.9, 0.6, 0.3, 0.1)
+    network = Constant(scale=0.3, shift=0.2).double()
+    generator = torch.Generator().manual_seed(2)
+    latents, noise = (torch.randn(3, 2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([1, 2, 3])
+    x_t = process.add_noise(latents, noise, t)
+    guess = process.to_x0(network(x_t), x_t, t)
+    terms = torch.stack(
+        [
+            kl_divergence(*(posterior(process, step, x_t[row], x0[row]) for x0 in (latents, guess))).sum()
+            for row, step in enumerate((1, 2, 3))
+        ]
+    )
+    denoiser = denoiser_of(process, network)
+    together = elbo(denoiser, latents, cond(3), [Draws(t, noise)])
+    assert torch.allclose(together, -3.0 * terms, rtol=1e-12)
+    for row in range(3):
+        one = slice(row, row + 1)
+        value = elbo(denoiser, latents[one], cond(1), [Draws(t[one], noise[one])])
+        assert value.item() == pytest.approx(-3.0 * terms[row].item(), rel=1e-12)
+    spaces = [elbo_weight(process, t[row : row + 1])[1] for row in range(3)]
+    assert spaces == ["epsilon", "epsilon", "x0" if prediction == "flow" else "epsilon"]
+
+
 def test_elbo_has_no_term_at_zero() -> None:
     with pytest.raises(ValueError, match="t >= 1"):
         elbo_weight(process_of("epsilon", 0.8, 0.5), torch.tensor([0, 1]))
 
 
-def test_policy_equal_to_reference_has_equal_errors_bit_for_bit() -> None:
+@pytest.mark.parametrize("process", [process_of("v_prediction", 0.8, 0.5, 0.2), Process.flow(3)])
+def test_policy_equal_to_reference_has_equal_errors_bit_for_bit(process: Process) -> None:
     network = Constant(scale=0.3, shift=0.1)
-    denoiser = denoiser_of(process_of("v_prediction", 0.8, 0.5, 0.2), network)
+    denoiser = denoiser_of(process, network)
     denoiser.policies["reference"] = FrozenCopy(network)
     generator = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(8, 4, 5, 5, generator=generator) for _ in range(2))

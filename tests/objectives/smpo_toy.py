@@ -35,10 +35,13 @@ class Linear(nn.Module):
         return self.scale * x_t + self.shift + self.dropout(hint[:, :, None])
 
 
-def toy(dropout: float = 0.0) -> Denoiser:
+SQUARES = torch.linspace(0.99, 0.05, 20, dtype=torch.float64)
+DDPM = Process(SQUARES.sqrt(), (1.0 - SQUARES).sqrt(), "epsilon")
+FLOW = Process.flow(20)
+
+
+def toy(dropout: float = 0.0, process: Process = DDPM) -> Denoiser:
     """A trained network whose reference is a copy of it."""
-    squares = torch.linspace(0.99, 0.05, 20, dtype=torch.float64)
-    process = Process(squares.sqrt(), (1.0 - squares).sqrt(), "epsilon")
     network = Linear(dropout)
     frozen = copy.deepcopy(network).eval().requires_grad_(False)
     return Denoiser(

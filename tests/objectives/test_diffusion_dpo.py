@@ -6,10 +6,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import get
+from diffalign.data.batches import Batch
+from diffalign.diffusion.denoiser import Denoiser, FrozenCopy
+from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.process import Process
 from diffalign.objectives.diffusion_dpo import Plugin, diffusion_dpo_logit, diffusion_dpo_loss, pair_logs
 
 
@@ -31,6 +36,39 @@ def test_by_hand() -> None:
     assert diffusion_dpo_loss(*ERRORS, beta=10.0).item() == pytest.approx(0.2014133, abs=1e-6)
     soft = diffusion_dpo_loss(*ERRORS, beta=10.0, target=column(0.75))
     assert soft.item() == pytest.approx(0.5764133, abs=1e-6)
+
+
+def test_a_flow_by_hand() -> None:
+    """The formula of SD3.5's public DPO: means of (v - (noise - latents))^2, beta 100 and a half.
+
+    noise 0.5, latents 0.4 and 0.2: velocities 0.1 and 0.3. Policy 0.12, errors 0.0004 and 0.0324; reference
+    0.2, errors 0.01 and 0.01. inside = -1/2 * 100 * ((0.0004 - 0.01) - (0.0324 - 0.01)) = -50 * -0.032 = 1.6,
+    loss ln(1 + e^-1.6) = 0.1839010, the same at any level. On errors of noise at sigma = 1/4, 9/16 of these:
+    inside 0.9, ln(1 + e^-0.9) = 0.3411538; at sigma = 1: log 2.
+    """
+    answer = nn.Parameter(torch.tensor(0.12))
+    policy, reference = (nn.ParameterList([value]) for value in (answer, torch.tensor(0.2)))
+    denoiser = Denoiser(
+        policy,
+        Process.flow(4),
+        lambda network, x_t, t, cond: network[0].expand_as(x_t),
+        {"reference": FrozenCopy(reference)},
+    )
+    batch = Batch(
+        ids=["a", "b"],
+        epoch=0,
+        positions=torch.arange(2),
+        latents=torch.tensor([0.4, 0.2, 0.4, 0.2]).reshape(4, 1, 1, 1).expand(4, 1, 3, 2),
+        cond=Conditioning({"nothing": torch.zeros(4, 1)}),
+        counts=torch.tensor([2, 2]),
+        target=torch.ones(2),
+    )
+    draws = Draws(torch.tensor([0, 0, 3, 3]), torch.full((4, 1, 3, 2), 0.5))
+    output = Plugin(beta=100.0).compute(denoiser, batch, draws)
+    assert output.logs["margin"].tolist() == pytest.approx([1.6, 1.6], abs=1e-5)
+    assert output.loss.tolist() == pytest.approx([0.1839010, 0.1839010], abs=1e-6)
+    on_noise = Plugin(beta=100.0, error_space="epsilon").compute(denoiser, batch, draws)
+    assert on_noise.loss.tolist() == pytest.approx([0.3411538, math.log(2.0)], abs=1e-6)
 
 
 def test_the_convention_of_beta() -> None:

@@ -16,8 +16,9 @@ from diffalign.common.config import load_recipe, make_one
 from diffalign.common.errors import UserError
 from diffalign.data.pictures import ImageRef
 from diffalign.data.records import Candidate, Record
+from diffalign.diffusion.process import Process
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_loss
-from diffalign.objectives.mapo import Plugin, log_phi, mapo_logit, mapo_loss
+from diffalign.objectives.mapo import FLOW_SHARE, Plugin, log_phi, mapo_logit, mapo_loss
 from diffalign.stages.train import train
 from tests.tiny_training import take
 from tests.toy_denoiser import toy_batch, toy_denoiser, weight_gradient
@@ -146,6 +147,32 @@ def test_small_errors_of_the_code_are_dpo_without_reference_at_beta_500() -> Non
     )
 
 
+def test_errors_three_times_as_large_need_a_third_of_s_and_three_times_beta() -> None:
+    """In form "code" at any error; in form "paper", where log phi is -l/2 - l^2/24, at small ones."""
+    err_w, err_l = column(1e-3, 0.3, 2.0).double(), column(2e-3, 0.1, 2.5).double()
+    tripled = 3.0 * err_w, 3.0 * err_l
+    published = mapo_loss(err_w, err_l, beta=0.1)
+    assert torch.allclose(mapo_loss(*tripled, beta=0.3, snr_value=0.5 / 3.0), 3.0 * published, rtol=1e-12)
+    small = mapo_logit(err_w[:1], err_l[:1], beta=96.0, form="paper")
+    scaled = mapo_logit(tripled[0][:1], tripled[1][:1], beta=32.0, form="paper")
+    assert small.item() > 0.04 and scaled.item() == pytest.approx(small.item(), rel=2e-3)
+
+
+def test_errors_of_velocity_are_about_three_times_those_of_noise() -> None:
+    """(1 - sigma)^2 in the mean over the levels: (T - 1)(2T - 1) / 6 T^2.
+
+    With the best network for N(0, 1) data the variance of v = eps - x0 given x_t is 1 / (alpha^2 + sigma^2),
+    in the mean pi/2, and that of eps alpha^2 times it, in the mean 1/2.
+    """
+    process = Process.flow(1000)
+    square = process.residual_scale("epsilon", torch.arange(1000)) ** 2
+    assert square.mean().item() == pytest.approx(999 * 1999 / 6e6, rel=1e-12)
+    assert square.mean().item() == pytest.approx(FLOW_SHARE, rel=2e-3)
+    of_velocity = 1.0 / (process.alphas**2 + process.sigmas**2)
+    ratio = of_velocity.mean() / (square * of_velocity).mean()
+    assert ratio.item() == pytest.approx(math.pi, rel=2e-3)
+
+
 def test_the_slope_of_phi_by_hand() -> None:
     """phi'(ln 2) = (2 - 1 - 2 ln 2) / 1 = -0.3862944.
 
@@ -215,6 +242,41 @@ def test_a_batch_of_two_equals_two_singles(plugin: Plugin) -> None:
     assert torch.equal(per_pair(plugin, None), per_pair(plugin, [1.0, 1.0]))
 
 
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({}, 1.0 / 6.0),
+        ({"snr_value": 1.2}, 0.4),
+        ({"error_space": "epsilon"}, 0.5),
+        ({"error_space": "x0"}, 0.5),
+    ],
+)
+def test_the_scale_on_a_flow(options: dict[str, Any], scale: float) -> None:
+    """On velocity errors a third of s; on others s.
+
+    The errors are put together again: the network's velocity, its noise x + (1 - sigma) v or its clean latent
+    x - sigma v, against eps - x0, eps and x0.
+    """
+    denoiser = toy_denoiser(seed=1)
+    denoiser.process = Process.flow(4)
+    batch, draws = toy_batch([1.0, 1.0, 1.0, 0.0], images_a_group=2)
+    assert len(draws.t.unique()) > 1
+    sigma = ((draws.t + 1) / 4).reshape(-1, 1, 1, 1)
+    x_t = (1.0 - sigma) * batch.latents + sigma * draws.noise
+    v = denoiser.network(x_t).float()
+    residual = {
+        "native": v - (draws.noise - batch.latents),
+        "epsilon": x_t + (1.0 - sigma) * v - draws.noise,
+        "x0": x_t - sigma * v - batch.latents,
+    }[options.get("error_space", "native")]
+    err = residual.square().flatten(1).mean(1)
+    err_w, err_l = err[[0, 2, 4, 7]], err[[1, 3, 5, 6]]
+    given: dict[str, Any] = {"beta": 0.3, "num_train_timesteps": 10}  # 1000 would saturate these
+    loss = Plugin(**given, **options).compute(denoiser, batch, draws).loss
+    assert torch.allclose(loss, mapo_loss(err_w, err_l, **given, snr_value=scale), rtol=1e-4)
+    assert not torch.allclose(loss, mapo_loss(err_w, err_l, **given, snr_value=0.3), rtol=1e-2)
+
+
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_the_label_says_which_image_is_w(plugin: Plugin) -> None:
     """Second image preferred: as if the images were swapped; 0.8 is a win, the loss knows no more of it."""
@@ -233,7 +295,8 @@ def test_the_label_says_which_image_is_w(plugin: Plugin) -> None:
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_one_step_raises_the_winner_relative_to_the_loser(plugin: Plugin) -> None:
+@pytest.mark.parametrize("flow", [False, True])
+def test_one_step_raises_the_winner_relative_to_the_loser(plugin: Plugin, flow: bool) -> None:
     """On two images, either being the winner, from a network that answers 0 (equal errors) and from another.
 
     No reference is held: asking for one would raise KeyError.
@@ -241,6 +304,8 @@ def test_one_step_raises_the_winner_relative_to_the_loser(plugin: Plugin) -> Non
     for seed in (None, 1):
         for target in (1.0, 0.0):
             denoiser = toy_denoiser(seed=seed)
+            if flow:
+                denoiser.process = Process.flow(4)
             batch, draws = toy_batch([target], images_a_group=2)
             before = plugin.compute(denoiser, batch, draws)
             plugin.backward(before, 1.0, torch.Tensor.backward)

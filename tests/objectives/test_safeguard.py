@@ -133,13 +133,14 @@ def brute_force(denoiser: Denoiser, batch: Batch, draws: Draws, mu: float, loss_
     """Pair by pair: the errors' gradients by the matrix, the loser's times lambda of those by the outputs."""
     weight = denoiser.network.weight
     x_t = denoiser.process.add_noise(batch.latents, draws.noise, draws.t)
+    target = denoiser.process.target(batch.latents, draws.noise, draws.t)
     with torch.no_grad(), denoiser.policy("reference"):
-        ref_err = (denoiser.predict(x_t, draws.t, batch.cond) - draws.noise).square().flatten(1).mean(1)
+        ref_err = (denoiser.predict(x_t, draws.t, batch.cond) - target).square().flatten(1).mean(1)
     total = torch.zeros_like(weight)
     for pair in range(batch.num_groups):
         rows = slice(2 * pair, 2 * pair + 2)
         outputs = denoiser.predict(x_t[rows], draws.t[rows], batch.cond.rows(torch.arange(2)))
-        errors = (outputs - draws.noise[rows]).square().flatten(1).mean(1)
+        errors = (outputs - target[rows]).square().flatten(1).mean(1)
         by_output = [torch.autograd.grad(e, outputs, retain_graph=True)[0][i] for i, e in enumerate(errors)]
         by_weight = [torch.autograd.grad(e, weight, retain_graph=True)[0] for e in errors]
         leaves = [e.detach().requires_grad_() for e in errors]
@@ -152,14 +153,17 @@ def brute_force(denoiser: Denoiser, batch: Batch, draws: Draws, mu: float, loss_
     return total
 
 
+@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("name", ["dpo", "smpo"])
-def test_gradients_are_those_of_brute_force(name: str, far: bool) -> None:
+def test_gradients_are_those_of_brute_force(name: str, far: bool, flow: bool) -> None:
     """In float64, over hard, soft and even targets; the loss is that without a safeguard, bit for bit."""
     batch, draws = pairs()
     assert batch.target is not None
     mu, beta = 0.6, 1.0 if far else BETA
     denoiser = far_off() if far else toy_denoiser(seed=1, reference=2)
+    if flow:
+        denoiser.process = Process.flow(4)
 
     def dpo(pair: int, *errors: Tensor) -> Tensor:
         return diffusion_dpo_loss(*errors, beta=beta, target=batch.target[pair])  # type: ignore[index]

@@ -20,8 +20,10 @@ class Nothing(nn.Module):
         return torch.zeros_like(x_t)
 
 
-def compute(plugin: Plugin) -> Tensor:
-    process = Process(torch.tensor([0.8]).double(), torch.tensor([0.6]).double(), "epsilon")
+DDPM = Process(torch.tensor([0.8]).double(), torch.tensor([0.6]).double(), "epsilon")
+
+
+def compute(plugin: Plugin, process: Process = DDPM) -> Tensor:
     denoiser = Denoiser(Nothing(), process, lambda network, x_t, t, cond: network(x_t))
     batch = Batch(
         ids=["a", "b"],
@@ -45,6 +47,14 @@ def test_by_hand() -> None:
     assert compute(Plugin()).tolist() == [2.5, 8.0]
     assert compute(Plugin(error_space="epsilon")).tolist() == [2.5, 8.0]
     assert compute(Plugin(error_space="x0")).tolist() == pytest.approx([1.40625, 4.5])
+
+
+def test_a_flow_by_hand() -> None:
+    """It errs by eps - x0, (0, 1) and (-1, 3): 0.5 and 5. At sigma 1/4 times 9/16 on eps, 1/16 on x0."""
+    flow = Process.flow(4)
+    assert compute(Plugin(), flow).tolist() == [0.5, 5.0]
+    assert compute(Plugin(error_space="epsilon"), flow).tolist() == [0.28125, 2.8125]
+    assert compute(Plugin(error_space="x0"), flow).tolist() == [0.03125, 0.3125]
 
 
 def test_what_it_is() -> None:

@@ -15,15 +15,17 @@ from diffalign.data.batches import Batch
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.inversion import implied_noise
 from diffalign.diffusion.likelihood import Draws, denoising_terms
+from diffalign.diffusion.process import Process
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.objectives.diffusion_dpo import Plugin as DPO
 from diffalign.objectives.diffusion_dpo import diffusion_dpo_loss
 from diffalign.objectives.smpo import Plugin, noise_statistics, smoothed_preference, smpo_loss
-from tests.objectives.smpo_toy import PICKSCORE, column, plugin, toy, toy_batch
+from tests.objectives.smpo_toy import DDPM, FLOW, PICKSCORE, column, plugin, toy, toy_batch
 from tests.tiny_training import draws_of, make_batch, perturb
 
 WAYS = [("none", "train"), ("ddim", "reference"), ("renoise", "train"), ("renoise", "reference")]
+PROCESSES = [pytest.param(DDPM, id="ddpm"), pytest.param(FLOW, id="flow")]
 
 
 ERRORS = column(0.30), column(0.50), column(0.45), column(0.35)
@@ -144,19 +146,23 @@ def test_without_inversion_the_plugin_is_diffusion_dpo_bit_for_bit() -> None:
     assert all(torch.equal(values, theirs.logs[name]) for name, values in ours.logs.items())
 
 
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize(("inversion", "inverter"), WAYS)
-def test_step_zero_is_log_2(inversion: Any, inverter: Any) -> None:
-    denoiser = toy()
+def test_step_zero_is_log_2(inversion: Any, inverter: Any, process: Process) -> None:
+    denoiser = toy(process=process)
     batch, draws = toy_batch([0.2, 0.9, 0.8, 0.1], [1.0, 0.0], [0, 19])
     output = plugin(inversion=inversion, inverter=inverter, beta=5000.0).compute(denoiser, batch, draws)
     assert torch.equal(output.loss, torch.full((2,), math.log(2.0)))
     assert output.logs["margin"].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("inverter", ["train", "reference"])
-def test_the_images_are_compared_under_the_noise_that_the_inverter_implies(inverter: Any) -> None:
+def test_the_images_are_compared_under_the_noise_that_the_inverter_implies(
+    inverter: Any, process: Process
+) -> None:
     """Put together again from its parts; policy and reference imply different noises by now."""
-    denoiser = moved(toy(dropout=0.5))
+    denoiser = moved(toy(dropout=0.5, process=process))
     batch, draws = toy_batch([0.2, 0.9, 0.8, 0.1], None, [5, 14])
     noises = {}
     for name in ("train", "reference"):
@@ -200,11 +206,14 @@ def test_noise_statistics_by_hand() -> None:
     assert found["noise_x0_corr"].tolist() == pytest.approx([1.0, -1.0, 0.0], abs=1e-6)
 
 
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize(("inversion", "inverter"), WAYS)
 @pytest.mark.parametrize("order", ["reward", "label"])
-def test_one_step_raises_the_winner_relative_to_the_loser(order: Any, inversion: Any, inverter: Any) -> None:
+def test_one_step_raises_the_winner_relative_to_the_loser(
+    order: Any, inversion: Any, inverter: Any, process: Process
+) -> None:
     """The winner is the second image, by reward and by label; margins are measured under fixed noises."""
-    denoiser = toy()
+    denoiser = toy(process=process)
     batch, draws = toy_batch([0.2, 0.9], [0.0], [8])
     objective = plugin(order=order, inversion=inversion, inverter=inverter)
     fixed = plugin(order=order, inversion="none")
