@@ -123,9 +123,18 @@ def make_pair(
 
 
 def make_set(
-    model: Any, count: int = 12, *, unit: str = "pair", targets: Sequence[float] = (1.0,), prompts: int = 4
+    model: Any,
+    count: int = 12,
+    *,
+    unit: str = "pair",
+    targets: Sequence[float] = (1.0,),
+    prompts: int = 4,
+    rated: bool = False,
 ) -> EncodedSet:
-    """Random latents in the place of encoded pictures; example k has the prompt k mod `prompts`."""
+    """Random latents in the place of encoded pictures; example k has the prompt k mod `prompts`.
+
+    Single pictures have labels as pairs do; where `rated`, all pictures have scores that agree with them.
+    """
     per_group = IMAGES_A_GROUP[unit]
     generator = torch.Generator().manual_seed(2)
     means = list(torch.randn(per_group * count, model.latent_channels, 16, 16, generator=generator))
@@ -137,8 +146,9 @@ def make_set(
             prompt=texts[number % prompts],
             images=tuple(range(per_group * number, per_group * (number + 1))),
             size=(32, 32),
-            target=targets[number % len(targets)] if unit == "pair" else None,
+            target=targets[number % len(targets)] if unit != "list" else None,
             conditions=(sizes,) * per_group,
+            ratings=_ratings(unit, targets[number % len(targets)]) if rated else (),
         )
         for number in range(count)
     ]
@@ -150,6 +160,11 @@ def make_set(
         model.encode_prompts(texts),
         model.encode_dropped_prompt(),
     )
+
+
+def _ratings(unit: str, target: float) -> tuple[dict[str, float], ...]:
+    label = None if unit == "list" else torch.tensor([target])
+    return tuple({"pickscore": score} for score in _scores(unit, 1, label).tolist())
 
 
 def make_run(model: Any, train_set: EncodedSet, out: Path, **changes: Any) -> Run:
