@@ -1,13 +1,14 @@
-"""Builds the embedded models tiny-sdxl and tiny-clip from nothing but code: about 75 minutes on 2 cores.
+"""Builds the embedded models tiny-sdxl, tiny-sd3 and tiny-clip from nothing but code: 3 hours on 2 cores.
 
 Parts, each resumable: a bank of drawn scenes (a third of them wrong, as web data is), a tokenizer, the
-autoencoder, its latents, the UNet trained together with its two text encoders, an open_clip model. The work
-lives in `OUT/work`; the models come to lie in `OUT/tiny-sdxl` and `OUT/tiny-clip`.
+autoencoder, its latents, the UNet trained together with its two text encoders, the transformer of SD3 with
+its three, an open_clip model. The work lives in `OUT/work`; the models come to lie in `OUT/tiny-sdxl`,
+`OUT/tiny-sd3` and `OUT/tiny-clip`.
 
 Examples:
   python scripts/build_tiny.py --out /tmp/tiny                  # everything; the same command again goes on
   python scripts/build_tiny.py --out /tmp/tiny --minutes 10     # stops after 10 minutes, saved
-  python scripts/build_tiny.py --out /tmp/tiny --step 6000      # writes tiny-sdxl from the kept step 6000
+  python scripts/build_tiny.py --out /tmp/tiny --parts sdxl --step 3000     # from the kept step 3000
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 from scripts.tiny.settings import Settings
 
+PARTS = ["sdxl", "sd3", "clip"]
+
 
 def build(settings: Settings, out: Path, *, minutes: float, step: int | None, parts: list[str]) -> bool:
     """True when all the asked parts are built; False when the minutes ran out first (the work is saved)."""
     from scripts.tiny.bank import make_bank
     from scripts.tiny.clip import build_clip
     from scripts.tiny.loop import Clock, OutOfTime
+    from scripts.tiny.sd3 import build_sd3
     from scripts.tiny.sdxl import build_sdxl
     from scripts.tiny.tokenizer import train_tokenizer
 
@@ -39,6 +43,8 @@ def build(settings: Settings, out: Path, *, minutes: float, step: int | None, pa
     try:
         if "sdxl" in parts:
             build_sdxl(settings, bank, out, clock, step=step)
+        if "sd3" in parts:
+            build_sd3(settings, bank, out, clock, step=step)
         if "clip" in parts:
             build_clip(settings, bank, out, clock)
     except OutOfTime:
@@ -58,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--step", type=int, default=None, help="kept step to export (default: the last)")
-    parser.add_argument("--parts", nargs="+", default=["sdxl", "clip"], choices=["sdxl", "clip"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--unet-steps", type=int, default=None)
     parser.add_argument("--small", action="store_true", help="a few steps at toy size, to try the builder")
     arguments = parser.parse_args(argv)

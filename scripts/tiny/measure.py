@@ -1,41 +1,44 @@
-"""How often the pictures of tiny-sdxl are what the prompt says, on combinations kept out of training."""
+"""How often pictures are what the prompt says, on combinations that were kept out of training."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
     from PIL import Image
 
 STEPS, GUIDANCE, BATCH = 20, 4.0, 50
 PROBE_SEED = 90_001  # prompts for choosing the step; not those of the demo
 
 
-def sample(pipeline: StableDiffusionXLPipeline, prompts: list[str]) -> list[Image.Image]:
-    """One picture per prompt; picture i starts from noise seeded with i."""
+def sample(pipeline: Any, prompts: list[str], **options: Any) -> list[Image.Image]:
+    """One picture per prompt; picture i starts from noise seeded with i; `options` go to the pipeline."""
+    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **options}
     images = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         generators = [torch.Generator().manual_seed(start + index) for index in range(len(part))]
         with torch.no_grad():
-            result = pipeline(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators)
+            result = pipeline(part, generator=generators, **settings)
         images.extend(result.images)
     return images
 
 
-def describe_accuracy(pipeline: StableDiffusionXLPipeline, n: int, *, sheet: Path) -> str:
-    """One line: the accuracy on `n` held-out prompts, by clause and in all; 40 pictures go to `sheet`."""
+def describe_accuracy(pipeline: Any, n: int, *, sheet: Path, **options: Any) -> str:
+    """One line: the accuracy on `n` held-out prompts, by clause and in all; 40 pictures go to `sheet`.
+
+    `options` go to the pipeline.
+    """
     from diffalign.scenes import sample_prompts
     from diffalign.scenes.grade import grade
 
     prompts = sample_prompts(n, seed=PROBE_SEED, split="heldout")
     began = time.monotonic()
-    images = sample(pipeline, prompts)
+    images = sample(pipeline, prompts, **options)
     seconds = (time.monotonic() - began) / n
     contact_sheet(images[:40], prompts[:40]).save(sheet)
     grades = [grade(image, prompt) for image, prompt in zip(images, prompts, strict=True)]

@@ -38,6 +38,17 @@ class Settings:
     min_snr_gamma: float = 5.0
     keep_every: int = 1000
     probe_prompts: int = 100
+    # SD3: the transformer and its three text encoders, which read `sd3_tokens` tokens each
+    sd3_width: int = 160
+    sd3_layers: int = 6
+    sd3_tokens: int = 24
+    t5_vocabulary: int = 1024
+    t5_width: int = 128
+    t5_layers: int = 2
+    sd3_steps: int = 8000
+    sd3_horizon: int = 8000
+    sd3_batch: int = 32
+    sd3_lr: float = 1e-3
     # open_clip model
     clip_width: int = 96
     clip_layers: int = 4
@@ -67,6 +78,14 @@ class Settings:
             unet_steps=6,
             unet_horizon=6,
             unet_batch=4,
+            sd3_width=32,
+            sd3_layers=2,
+            t5_vocabulary=400,
+            t5_width=32,
+            t5_layers=1,
+            sd3_steps=6,
+            sd3_horizon=6,
+            sd3_batch=4,
             keep_every=3,
             probe_prompts=2,
             clip_width=16,

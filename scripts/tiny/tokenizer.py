@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +12,12 @@ from typing import TYPE_CHECKING
 from scripts.tiny.words import SENTENCES
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, T5Tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77  # tokens of a prompt, as in SDXL
+SPACE = "\u2581"  # what a word begins with in T5's vocabulary
+SPELLED = -20.0  # score of a letter: below that of every whole word
 
 
 def train_tokenizer(captions: list[str], vocabulary: int, folder: Path) -> None:
@@ -58,14 +62,14 @@ def _texts(captions: list[str]) -> Iterator[str]:
         yield from SENTENCES
 
 
-def load_tokenizer(folder: Path, *, pad: str = END) -> CLIPTokenizer:
-    """The tokenizer of a folder with vocab.json and merges.txt; `pad` fills a prompt up to 77 tokens."""
+def load_tokenizer(folder: Path, *, pad: str = END, length: int = LENGTH) -> CLIPTokenizer:
+    """The tokenizer of a folder with vocab.json and merges.txt; `pad` fills prompts up to `length` tokens."""
     from transformers import CLIPTokenizer
 
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     merges = [tuple(line.split(" ")) for line in lines if line]
-    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=length)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, source: Path, folder: Path) -> None:
@@ -73,3 +77,25 @@ def save_tokenizer(tokenizer: CLIPTokenizer, source: Path, folder: Path) -> None
     tokenizer.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((source / name).read_bytes())
+
+
+def t5_tokenizer(captions: list[str], vocabulary: int, *, length: int) -> T5Tokenizer:
+    """T5's tokenizer with at most `vocabulary` pieces; it reads `length` tokens of a prompt.
+
+    Pieces are the most frequent words, each scored by the logarithm of its share, and printable ASCII to
+    spell the others with; other symbols are the unknown token, as in T5's own.
+    """
+    from transformers import T5Tokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    counts = Counter(word for text in _texts(captions) for word in text.split())
+    specials = ["<pad>", "</s>", "<unk>"]  # their places in T5's vocabulary
+    words = counts.most_common(vocabulary - len(specials) - len(letters) - 1)
+    total = sum(counts.values())
+    pieces = [
+        *((piece, 0.0) for piece in specials),
+        (f"{SPACE}", SPELLED),
+        *((letter, SPELLED) for letter in letters),
+        *((f"{SPACE}{word}", math.log(count / total)) for word, count in words),
+    ]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)

@@ -90,13 +90,14 @@ def _slices(n: int, bank: Bank, size: int = 32) -> list[list[int]]:
 
 @torch.no_grad()
 def cached_latents(vae: AutoencoderKL, bank: Bank, folder: Path, clock: Clock) -> Tensor:
-    """The scaled latent means of the whole bank: float32 [n, 4, 16, 16]; kept in `folder`."""
+    """The latent means of the whole bank, shifted and scaled: float32 [n, 4, 16, 16]; kept in `folder`."""
     path = folder / "latents.npy"
     if path.exists():
         return torch.from_numpy(np.load(path))
-    parts = []
+    parts, shift = [], vae.config.shift_factor or 0.0
     for rows in _slices(len(bank.captions), bank):
-        parts.append(vae.encode(bank.pixels(rows)).latent_dist.mean * vae.config.scaling_factor)
+        mean = vae.encode(bank.pixels(rows)).latent_dist.mean
+        parts.append((mean - shift) * vae.config.scaling_factor)
         if rows[0] % 9600 == 0:
             clock.say(f"latents {rows[0]}/{len(bank.captions)}")
     latents = torch.cat(parts)

@@ -90,12 +90,57 @@ def test_the_folder_is_a_stable_diffusion_xl_pipeline(built: Path) -> None:
     )
 
 
+def test_the_folder_is_a_stable_diffusion_3_pipeline(built: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(built / "tiny-sd3")
+    pipeline.set_progress_bar_config(disable=True)
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+    assert {module.dtype for module in (pipeline.transformer, pipeline.vae, *encoders)} == {torch.float32}
+    assert isinstance(pipeline.tokenizer, CLIPTokenizer) and isinstance(pipeline.tokenizer_3, T5Tokenizer)
+    length = Settings().small().sd3_tokens
+    assert (
+        pipeline.tokenizer.model_max_length == length == pipeline.text_encoder.config.max_position_embeddings
+    )
+    image = pipeline(
+        "two red circles",
+        num_inference_steps=2,
+        max_sequence_length=length,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert image.size == (64, 64)
+    log = (built / "work" / "build.log").read_text()
+    assert "sd3 3: accuracy" in log and "sd3 6: accuracy" in log
+
+
+def test_the_latents_of_sd3_are_shifted_and_scaled_to_a_unit_normal(built: Path) -> None:
+    latents = torch.from_numpy(np.load(built / "work" / "sd3" / "latents.npy"))
+    assert abs(float(latents.mean())) < 0.01 and float(latents.std()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_t5_reads_whole_words_and_spells_the_others(built: Path) -> None:
+    from transformers import T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(built / "tiny-sd3" / "tokenizer_3")
+    assert tokenizer.pad_token_id == 0 and tokenizer.eos_token_id == 1
+    assert tokenizer.tokenize("a red circle") == ["\u2581a", "\u2581red", "\u2581circle"]
+    assert tokenizer.tokenize("xyzzy") == ["\u2581", "x", "y", "z", "z", "y"]
+    assert tokenizer("a red circle").input_ids[-1] == 1
+    assert tokenizer.unk_token_id in tokenizer("na\u00efve").input_ids
+
+
 def test_the_files_hold_half_precision(built: Path) -> None:
     from safetensors.torch import load_file
 
     files = sorted(built.glob("tiny-*/**/*.safetensors"))
     assert [file.parent.name for file in files] == [
         "tiny-clip",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "transformer",
+        "vae",
         "text_encoder",
         "text_encoder_2",
         "unet",

@@ -1,0 +1,264 @@
+"""tiny-sd3: a genuine StableDiffusion3Pipeline at 64 px, trained as a rectified flow on the bank.
+
+It begins with parts of tiny-sdxl: the autoencoder, which gets a shift as SD3's has one, the tokenizer, and
+the two CLIP encoders, which learn on. Transformer, T5 and the first encoder's projection start at random.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scripts.tiny.bank import Bank
+from scripts.tiny.loop import Clock, Plan, train
+from scripts.tiny.measure import describe_accuracy
+from scripts.tiny.settings import Settings
+from scripts.tiny.tokenizer import END, load_tokenizer, save_tokenizer, t5_tokenizer
+from scripts.tiny.vae import cached_latents
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+TRAINED = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+SHIFT = 3.0
+"""Of the sampler's levels towards noise: that of SD3's own scheduler."""
+
+
+def new_transformer(settings: Settings) -> SD3Transformer2DModel:
+    """An untrained transformer in the fashion of SD3.5: patches of 2, normalised queries and keys."""
+    from diffusers import SD3Transformer2DModel
+
+    head = min(32, settings.sd3_width // 2)
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=settings.sd3_layers,
+        attention_head_dim=head,
+        num_attention_heads=settings.sd3_width // head,
+        joint_attention_dim=settings.t5_width,
+        caption_projection_dim=settings.sd3_width,
+        pooled_projection_dim=2 * settings.pooled_width,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    )
+
+
+def new_t5(settings: Settings, vocabulary: int) -> nn.Module:
+    """An untrained encoder of the kind of T5 v1.1."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=settings.t5_width,
+        d_kv=settings.t5_width // 4,
+        num_heads=4,
+        d_ff=2 * settings.t5_width,
+        num_layers=settings.t5_layers,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return T5EncoderModel(config)
+
+
+def clip_encoder(settings: Settings, folder: Path) -> nn.Module:
+    """tiny-sdxl's text encoder in `folder` with as many positions as are read, and with a projection."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig.from_pretrained(folder)
+    config.max_position_embeddings = settings.sd3_tokens
+    encoder = CLIPTextModelWithProjection(config)
+    # Where the folder has no projection, it starts at random.
+    state = CLIPTextModelWithProjection.from_pretrained(folder).state_dict()
+    place = next(name for name in state if name.endswith("position_embedding.weight"))
+    state[place] = state[place][: settings.sd3_tokens]
+    encoder.load_state_dict(state)
+    return encoder
+
+
+def shifted_vae(folder: Path, bank: Bank) -> AutoencoderKL:
+    """The autoencoder of tiny-sdxl with the shift and the scale that make its latents mean 0 and std 1."""
+    from diffusers import AutoencoderKL
+
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(folder)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        sample = torch.cat(
+            [
+                vae.encode(bank.pixels(list(range(row, row + 32)))).latent_dist.mean
+                for row in range(0, min(512, len(bank.captions)), 32)
+            ]
+        )
+    shift, scale = round(sample.mean().item(), 4), round(1.0 / sample.std().item(), 4)
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return vae
+
+
+def new_pipeline(settings: Settings, base: Path, bank: Bank, work: Path) -> StableDiffusion3Pipeline:
+    """The pipeline before training; `base`: the folder of tiny-sdxl, `work`: that of the tokenizers."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    clip = [load_tokenizer(work / "tokenizer", pad=pad, length=settings.sd3_tokens) for pad in (END, "!")]
+    words = t5_tokenizer(bank.captions, settings.t5_vocabulary, length=settings.sd3_tokens)
+    pipeline = StableDiffusion3Pipeline(
+        vae=shifted_vae(base / "vae", bank),
+        text_encoder=clip_encoder(settings, base / "text_encoder"),
+        text_encoder_2=clip_encoder(settings, base / "text_encoder_2"),
+        text_encoder_3=new_t5(settings, len(words)),
+        tokenizer=clip[0],
+        tokenizer_2=clip[1],
+        tokenizer_3=words,
+        transformer=new_transformer(settings),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def embed(modules: nn.ModuleDict, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(sequence [B, 2 * tokens, t5 width], pooled [B, 2 * pooled width]) as the pipeline computes them."""
+    first = modules["text_encoder"](ids[0], output_hidden_states=True)
+    second = modules["text_encoder_2"](ids[1], output_hidden_states=True)
+    third = modules["text_encoder_3"](ids[2])[0]
+    clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    clip = functional.pad(clip, (0, third.shape[-1] - clip.shape[-1]))
+    return torch.cat([clip, third], dim=-2), torch.cat([first[0], second[0]], dim=-1)
+
+
+class FlowMatching:
+    """The loss of one step: squared error of the predicted velocity on random rows of the bank."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pipeline: StableDiffusion3Pipeline,
+        modules: nn.ModuleDict,
+        latents: Tensor,
+        bank: Bank,
+    ) -> None:
+        self.settings, self.modules, self.latents = settings, modules, latents
+        # The last row is the empty prompt: what a dropped caption becomes, and what guidance goes away from.
+        texts = [*bank.captions, ""]
+        tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
+        self.ids = [_ids(tokenizer, texts, settings.sd3_tokens) for tokenizer in tokenizers]
+
+    def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Levels are logit-normal (Esser et al. 2024, arXiv 2403.03206, eq. 19) and stratified in a batch."""
+        batch = self.settings.sd3_batch
+        rows = torch.randint(len(self.latents), (batch,))
+        u = (torch.randperm(batch) + torch.rand(batch)) / batch
+        sigma = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+        x, noise = self.latents[rows], torch.randn(batch, *self.latents.shape[1:])
+        level = sigma.view(-1, 1, 1, 1)
+        captions = torch.where(torch.rand(batch) < self.settings.text_dropout, len(self.ids[0]) - 1, rows)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has a slow backward pass on processors
+            sequence, pooled = embed(self.modules, [ids[captions].long() for ids in self.ids])
+            output = self.modules["transformer"](
+                hidden_states=(1 - level) * x + level * noise,
+                timestep=1000 * sigma,
+                encoder_hidden_states=sequence,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
+        error = (output.float() - (noise - x)).square().mean()
+        return error, {}
+
+
+def _ids(tokenizer: Any, texts: list[str], length: int) -> Tensor:
+    """Token ids of all texts: int16 [n, length]."""
+    encoded = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
+    return torch.tensor(encoded.input_ids, dtype=torch.int16)
+
+
+def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: int | None = None) -> Path:
+    """The folder `out`/tiny-sd3, trained as far as needed; `step`: export this kept step, not the last.
+
+    Raises OutOfTime when the minutes of the clock are over (saved), FileNotFoundError when `step` was not
+    kept or `out`/tiny-sdxl is not built.
+    """
+    work, base = out / "work", out / "tiny-sdxl"
+    if not base.is_dir():
+        raise FileNotFoundError(f"{base} is not built: tiny-sd3 starts from its parts")
+    (work / "sd3").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    pipeline = new_pipeline(settings, base, bank, work)
+    latents = cached_latents(pipeline.vae, bank, work / "sd3", clock)
+    sizes = (f"{name} {_millions(getattr(pipeline, name)):.2f} M" for name in (*TRAINED, "vae"))
+    clock.say("parameters: " + ", ".join(sizes))
+    if step is None:
+        _install(pipeline, _train(settings, pipeline, latents, bank, work / "sd3", clock))
+    else:
+        modules = nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED})
+        modules.load_state_dict(torch.load(work / "sd3" / f"sd3-{step:06d}.pt", weights_only=True))
+    words = _accuracy(settings, pipeline, 2 * settings.probe_prompts, work / "sd3" / "sheet-final.png")
+    clock.say(f"tiny-sd3: {words}")
+    return _export(pipeline, work / "tokenizer", out / "tiny-sd3")
+
+
+def _train(
+    settings: Settings,
+    pipeline: StableDiffusion3Pipeline,
+    latents: Tensor,
+    bank: Bank,
+    work: Path,
+    clock: Clock,
+) -> nn.ModuleDict:
+    """The averaged transformer and text encoders after the last step; every kept step is measured."""
+    modules = nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED})
+
+    def probe(averaged: nn.ModuleDict, at: int) -> str:
+        _install(pipeline, averaged)
+        text = _accuracy(settings, pipeline, settings.probe_prompts, work / f"sheet-{at:06d}.png")
+        _install(pipeline, modules)
+        return text
+
+    plan = Plan(
+        name="sd3",
+        steps=settings.sd3_steps,
+        horizon=settings.sd3_horizon,
+        lr=settings.sd3_lr,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        save_every_seconds=settings.save_every_seconds,
+        keep_every=settings.keep_every,
+    )
+    loss = FlowMatching(settings, pipeline, modules, latents, bank)
+    return train(plan, modules, loss, folder=work, clock=clock, probe=probe)
+
+
+def _accuracy(settings: Settings, pipeline: StableDiffusion3Pipeline, n: int, sheet: Path) -> str:
+    return describe_accuracy(pipeline, n, sheet=sheet, max_sequence_length=settings.sd3_tokens)
+
+
+def _millions(module: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def _install(pipeline: StableDiffusion3Pipeline, modules: nn.ModuleDict) -> None:
+    for name in TRAINED:
+        setattr(pipeline, name, modules[name])
+
+
+def _export(pipeline: StableDiffusion3Pipeline, tokenizer: Path, folder: Path) -> Path:
+    """Writes fp16 safetensors without a variant in their names, so they load as fp32 just as well."""
+    for name in (*TRAINED, "vae"):
+        getattr(pipeline, name).half()
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for name in TRAINED[1:]:
+        # transformers loads in the precision named here unless told otherwise, diffusers in fp32: let them
+        # agree.
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in ("tokenizer", "tokenizer_2"):
+        save_tokenizer(getattr(pipeline, name), tokenizer, folder / name)
+    return folder
