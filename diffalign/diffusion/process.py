@@ -64,10 +64,14 @@ class SamplerShift:
     patch: int = 1
     exponential: bool = False
 
+    def mu(self, latent_shape: Sequence[int]) -> float:
+        """mu for latents of `latent_shape`, whose last two entries are height and width."""
+        height, width = latent_shape[-2:]
+        return (height // self.patch) * (width // self.patch) * self.slope + self.intercept
+
     def at(self, latent_shape: Sequence[int]) -> float:
         """The shift for latents of `latent_shape`, whose last two entries are height and width."""
-        height, width = latent_shape[-2:]
-        mu = (height // self.patch) * (width // self.patch) * self.slope + self.intercept
+        mu = self.mu(latent_shape)
         return math.exp(mu) if self.exponential else mu
 
 

@@ -28,8 +28,12 @@ def check(network: Any, files: LoraFiles, spec: AdapterSpec) -> None:
 
 
 def add_fresh(network: Any, spec: AdapterSpec, *, seed: int) -> None:
-    """Adds the adapter "trained" that changes nothing yet; its random half depends on `seed` alone."""
-    _check_targets(network, spec.targets)
+    """Adds the adapter "trained" that changes nothing yet; its random half depends on `seed` alone.
+
+    The spec names its targets (`ModelSpec.with_targets`).
+    """
+    targets = list(spec.targets or ())
+    _check_targets(network, targets)
     alpha: Any = spec.rank if spec.alpha is None else spec.alpha  # peft's annotation knows whole numbers only
     config = LoraConfig(
         r=spec.rank,
@@ -37,14 +41,14 @@ def add_fresh(network: Any, spec: AdapterSpec, *, seed: int) -> None:
         lora_dropout=spec.dropout,
         use_rslora=spec.rslora,
         use_dora=spec.dora,
-        target_modules=list(spec.targets),
+        target_modules=targets,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(seed, "adapter"))
         try:
             network.add_adapter(config, adapter_name=TRAINED)
         except ValueError as error:
-            raise UserError(f"adapter.targets={list(spec.targets)}: {brief(error)}") from error
+            raise UserError(f"adapter.targets={targets}: {brief(error)}") from error
     _to_float32(network)
     if spec.dora:
         _remeasure_magnitudes(network)
@@ -131,8 +135,8 @@ def _check_targets(network: Any, targets: Sequence[str]) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(
-                f"adapter.targets: {type(network).__name__} has no layer {target!r}; attention layers "
-                "are to_q, to_k, to_v, to_out.0"
+                f"adapter.targets: {type(network).__name__} has no layer {target!r}; leave targets out for "
+                "its attention layers (to_q, to_k, to_v, to_out.0 and those of its text)"
             )
 
 

@@ -15,6 +15,7 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.process import Process
+from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models._spec import DTYPES, AdapterSpec
 
 TRAINED, REFERENCE = "trained", "reference"
@@ -107,6 +108,10 @@ class Model(Protocol):
         self, prompts: list[str], negative_prompt: str | None = None
     ) -> tuple[Conditioning, Conditioning]:
         """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
+        ...
+
+    def check_timesteps(self, timesteps: TimestepSpec) -> None:
+        """Refuses training timesteps that the base does not have or know."""
         ...
 
     def check_training(self, adapter: AdapterSpec) -> None:

@@ -83,14 +83,7 @@ def kohya_state(lora: Lora, name_of: Callable[[str], str]) -> dict[str, Tensor]:
     Raises:
         UserError: DoRA or biases, which that layout cannot carry.
     """
-    if lora.config["use_dora"]:
-        raise UserError(
-            "format=kohya cannot carry a DoRA: kohya's scripts and diffusers leave its magnitudes out, "
-            "others divide by another norm, and the pictures would differ; use format=merged or diffusers"
-        )
-    other = [key for key in lora.state if not key.endswith(_FACTORS)]
-    if other:
-        raise UserError(f"format=kohya cannot carry {other[0]}: use format=merged or diffusers")
+    check_kohya(lora)
     named: dict[str, Tensor] = {}
     common: float | None = None
     for layer, scale in lora.scales.items():
@@ -102,6 +95,18 @@ def kohya_state(lora: Lora, name_of: Callable[[str], str]) -> dict[str, Tensor]:
         named[f"{name}.lora_up.weight"] = up if alpha == common else up * (alpha / common)
         named[f"{name}.alpha"] = torch.tensor(common)
     return named
+
+
+def check_kohya(lora: Lora) -> None:
+    """Refuses a LoRA that kohya's layout cannot carry."""
+    if lora.config["use_dora"]:
+        raise UserError(
+            "format=kohya cannot carry a DoRA: kohya's scripts and diffusers leave its magnitudes out, "
+            "others divide by another norm, and the pictures would differ; use format=merged or diffusers"
+        )
+    other = [key for key in lora.state if not key.endswith(_FACTORS)]
+    if other:
+        raise UserError(f"format=kohya cannot carry {other[0]}: use format=merged or diffusers")
 
 
 def _cast(state: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
@@ -128,7 +133,9 @@ def _in_dtype(name: str, tensor: Tensor, dtype: str | None) -> Tensor:
 class ExportableModel(Backbone):
     """The exporting half of a backbone; the other halves load, draw and train."""
 
-    encoder_parts: ClassVar[tuple[str, ...]]
+    encoder_parts: tuple[str, ...]
+    outer_loaded_by: ClassVar[str] = "ComfyUI and diffusers load them"
+    """Of the layers outside the blocks, in the layout of kohya's scripts."""
 
     @property
     def process(self) -> Process:
@@ -149,8 +156,16 @@ class ExportableModel(Backbone):
             f"format=kohya: that layout is not written for {self.spec.pipeline_name}; use format=diffusers"
         )
 
+    def kept_notes(self, path: str) -> dict[str, str]:
+        """What a LoRA that is exported goes on to say of its training."""
+        return {}
+
     def check_single_file(self) -> None:
         """Refuses a pipeline that other programs would read wrongly from one file of the original layout."""
+        raise UserError(
+            f"single_file=true: that layout is not written for {self.spec.pipeline_name}; use "
+            "single_file=false"
+        )
 
     def original_state(self) -> dict[str, Tensor]:
         """All tensors by the names of the family's published single file."""
@@ -173,13 +188,13 @@ class ExportableModel(Backbone):
         """
         lora = read_lora(self.lora_files, path, self.parts.blueprint(self.network_part), weight=weight)
         if layout == "diffusers":
-            self.lora_files.write(_cast(lora.state, dtype), lora.config, folder)
+            self.lora_files.write(_cast(lora.state, dtype), lora.config, folder, self.kept_notes(path))
             return
         state = self.kohya_state(lora)
         outer = [layer for layer in lora.scales if "_block" not in layer]
         if outer:
-            say(f"kohya's own scripts leave out {', '.join(outer)}; ComfyUI and diffusers load them")
-        metadata = {"format": "pt", "ss_network_module": "networks.lora"}
+            say(f"kohya's own scripts leave out {', '.join(outer)}; {self.outer_loaded_by}")
+        metadata = {"format": "pt", "ss_network_module": "networks.lora", **self.kept_notes(path)}
         save_file(_cast(state, dtype), Path(folder) / KOHYA_FILE, metadata=metadata)
 
     def export_pipeline(

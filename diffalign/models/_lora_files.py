@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.utils import convert_unet_state_dict_to_peft
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.common.errors import UserError, brief
@@ -39,11 +41,24 @@ class LoraFiles:
         part: the network's name in it, "unet" or "transformer".
     """
 
+    writers: ClassVar[str] = "diffusers, kohya or diffalign"
+    """Who writes what can be read here."""
+    weights_file: ClassVar[str] = WEIGHTS_FILE
+    """The file of the tensors that are written."""
+
     def __init__(self, pipeline_class: Any, part: str) -> None:
         self.pipeline_class, self.part = pipeline_class, part
 
-    def write(self, state: dict[str, Tensor], config: dict[str, Any], folder: str | Path) -> None:
+    def write(
+        self,
+        state: dict[str, Tensor],
+        config: dict[str, Any],
+        folder: str | Path,
+        notes: dict[str, str] | None = None,
+    ) -> None:
         """Writes an adapter's tensors with peft's settings as the metadata that makes it reload equal.
+
+        `notes` are added to the metadata: readers that do not know them leave them aside.
 
         Without metadata alpha != rank, rsLoRA and DoRA reload wrong; with a dropout in the metadata, dropout
         stays active after loading (both measured on diffusers 0.42, peft 0.21). So: metadata, with dropout 0.
@@ -54,6 +69,9 @@ class LoraFiles:
         metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         self._write(tensors, metadata, str(folder))
+        if notes:
+            file = Path(folder) / self.weights_file
+            save_file(load_file(file), file, {**notes_of(file), **notes})
 
     def _write(self, state: dict[str, Tensor], metadata: dict[str, Any], folder: str) -> None:
         layers = {f"{self.part}_lora_layers": state, f"{self.part}_lora_adapter_metadata": metadata}
@@ -80,9 +98,7 @@ class LoraFiles:
         except Exception as error:  # converting a foreign layout, or asking the hub, fails in many ways
             raise UserError(f"cannot read the adapter {path}: {brief(error)}") from error
         if not file.state or not all("lora" in key for key in file.state):
-            raise UserError(
-                f"{path} holds no LoRA weights: give an adapter that diffusers, kohya or diffalign wrote"
-            )
+            raise UserError(f"{path} holds no LoRA weights: give an adapter that {self.writers} wrote")
         _check_fits(self.network_state(file), network, path)
         return file
 
@@ -140,6 +156,16 @@ class LoraFiles:
                 name = f"{self.part}.{layer.partition('.lora_')[0]}"
             named[f"{name}.alpha"] = alpha
         return named
+
+
+def notes_of(path: str | Path) -> dict[str, str]:
+    """The metadata of the LoRA file at `path`, or alone in that folder; nothing of one on the hub."""
+    local = Path(path)
+    found = [local] if local.is_file() else list(local.glob("*.safetensors"))
+    if len(found) != 1 or found[0].suffix != ".safetensors":
+        return {}
+    with safe_open(found[0], "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _check_fits(named: dict[str, Tensor], network: Any, path: str) -> None:

@@ -50,8 +50,8 @@ def hub_commit(repo: str, file: str, revision: str | None = None) -> str | None:
 class Parts:
     """The parts of one pipeline, each loaded on first use and kept until dropped.
 
-    A single file holds the weights of network, VAE and text encoders; all else comes from the pipeline that
-    `spec.config` names.
+    A single file holds the weights of network, VAE and text encoders, but for those that `spec.file_may_lack`
+    names and this one lacks; all else comes from the pipeline that `spec.config` names.
 
     Args:
         spec: which weights.
@@ -113,14 +113,8 @@ class Parts:
 
     def config(self, name: str, path: str | None = None) -> dict[str, Any]:
         """The part's configuration (`path`: of what `load_as` loads), read without loading its weights."""
-        import diffusers
-
         source = self.source(name) if path is None else Source(path, name)
-        cls = getattr(diffusers, self.index[name][1], None)
-        if cls is None:
-            raise UserError(
-                f"{self.spec.path}: its {name} is a {self.index[name][1]}, which diffusers does not have"
-            )
+        cls = self._diffusers_class(name)
         try:
             return dict(cls.load_config(source.path, subfolder=source.subfolder, revision=source.revision))
         except (OSError, ValueError) as error:
@@ -128,11 +122,21 @@ class Parts:
 
     def blueprint(self, name: str) -> Any:
         """A diffusers part with every layer in place and no memory for weights."""
-        import diffusers
         from accelerate import init_empty_weights
 
-        with init_empty_weights():
-            return getattr(diffusers, self.index[name][1]).from_config(self.config(name))
+        with init_empty_weights(), _same_stream():
+            return self._diffusers_class(name).from_config(self.config(name))
+
+    def _diffusers_class(self, name: str) -> Any:
+        """The class of a diffusers part."""
+        import diffusers
+
+        cls = self.spec.part_class(name) or getattr(diffusers, self.index[name][1], None)
+        if cls is None:
+            raise UserError(
+                f"{self.spec.path}: its {name} is a {self.index[name][1]}, which diffusers does not have"
+            )
+        return cls
 
     def identity(self, name: str) -> dict[str, Any]:
         """What tells these weights from others: content of local files, or hub id and commit."""
@@ -158,12 +162,24 @@ class Parts:
 
     def _in_file(self, name: str) -> bool:
         """Whether the weights of a part are those of the single file."""
-        is_model = not name.startswith(("tokenizer", "scheduler"))
-        own = self.spec.own_parts.get(name)
-        return self._is_file and is_model and own is None
+        if not self._is_file or name.startswith(("tokenizer", "scheduler")) or name in self.spec.own_parts:
+            return False
+        starts = self.spec.file_may_lack.get(name)
+        return starts is None or any(tensor.startswith(starts) for tensor in self._names_in_file)
+
+    @cached_property
+    def _names_in_file(self) -> list[str]:
+        """The names of the single file's tensors; they stand at its beginning."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(self.spec.path, "pt") as file:
+                return list(file.keys())
+        except Exception as error:  # a torn file, or another file under this name
+            raise UserError(f"cannot read {self.spec.path}: {brief(error)}; get the whole file") from error
 
     def _variant(self, source: Source) -> str | None:
-        return self.spec.variant if source.path == self.spec.path else None
+        return self.spec.variant if source.path == self._home else None
 
     def _find_home(self) -> str:
         """The pipeline folder or hub id that configurations are read from."""
@@ -179,6 +195,11 @@ class Parts:
             raise UserError(
                 f"model.path {path} is a file, but no .safetensors: give a diffusers pipeline folder, a hub "
                 "id or a .safetensors file"
+            )
+        if self.spec.default_config is None:
+            raise UserError(
+                f"model.path {path} is a single file, which diffusers does not read for "
+                f"{self.spec.pipeline_name}: give a diffusers pipeline folder or a hub id"
             )
         home = self.spec.config or self.spec.default_config
         self._refuse_no_pipeline("model.config", home)
@@ -211,10 +232,15 @@ class Parts:
         path, inside = (self.spec.path, name) if from_file else (source.path, source.subfolder)
         where = path if inside is None else f"{path} ({name})"
         try:
-            cls = getattr(importlib.import_module(library), class_name)
-            part, missing = self._from_file(name) if from_file else self._from_folder(name, cls, source)
+            cls = self.spec.part_class(name) or getattr(importlib.import_module(library), class_name)
+            with _same_stream():
+                part, missing = self._from_file(name) if from_file else self._from_folder(name, cls, source)
         except Exception as error:  # a torn file, an unknown class, no network: libraries agree on no type
-            remedy = "; give the whole file of a base of this family" if from_file else ""
+            remedy = ""
+            if from_file:
+                remedy = "; give the whole file of a base of this family"
+            elif self._is_file and source.path == self._home and name in self.spec.file_may_lack:
+                remedy = f"; {self.spec.path} has none, give a whole pipeline with model.config=..."
             raise UserError(f"cannot load {where}: {brief(error)}{remedy}") from error
         if missing:  # the libraries would go on with random numbers in their place, or with nothing
             raise UserError(
@@ -263,6 +289,11 @@ class Parts:
             if self._variant(source) is not None:
                 options["variant"] = self.spec.variant
         return options
+
+
+def _same_stream() -> Any:
+    """Inside, layers may draw numbers, which those of a file replace; torch's stream goes on as it was."""
+    return torch.random.fork_rng(devices=[])
 
 
 def looks_local(path: str) -> bool:

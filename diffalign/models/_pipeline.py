@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from diffalign.common.manifest import recipe_identity
 from diffalign.common.progress import say
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, without_requires_grad
 from diffalign.diffusion.process import Process
-from diffalign.models import _adapters, scheduler_class
+from diffalign.diffusion.specs import TimestepSpec
+from diffalign.models import _adapters, _distilled
 from diffalign.models._base import REFERENCE, NonFinitePicture, torch_dtype
 from diffalign.models._export import ExportableModel
 from diffalign.models._lora_files import LoraFiles
 from diffalign.models._parts import Parts, quiet_libraries
-from diffalign.models._samplers import check_scheduler
+from diffalign.models._peft_files import PeftFiles
+from diffalign.models._samplers import check_scheduler, sampler, timestep_arguments
 from diffalign.models._spec import ModelSpec
 from diffalign.models._trainable import TrainableModel
 
@@ -38,13 +40,15 @@ class PipelineModel(TrainableModel, ExportableModel):
         latent_scale: pixels a side of a latent.
         size_multiple: pixels that both sides of a picture are a multiple of.
         default_resolution: pixels a side that the base was made for.
+        patch: latents a side of one of the network's tokens; None: it has none.
     """
 
-    encoder_parts: ClassVar[tuple[str, ...]]
+    encoder_parts: tuple[str, ...]
     latent_channels: int
     latent_scale: int
     size_multiple: int
     default_resolution: int
+    patch: int | None = None
 
     def __init__(self, spec: ModelSpec, device: str = "cpu") -> None:
         self.spec, self.device = spec, torch.device(device)
@@ -85,13 +89,14 @@ class PipelineModel(TrainableModel, ExportableModel):
 
     @property
     def lora_files(self) -> LoraFiles:
-        """Those of the pipeline's class."""
-        return LoraFiles(self.pipeline_class, self.network_part)
+        """Those of the pipeline's class, or peft's folders where that loads no adapters."""
+        layout = PeftFiles if self.spec.adapter_layout == "peft" else LoraFiles
+        return layout(self.pipeline_class, self.network_part)
 
     @property
     def process(self) -> Process:
         """The forward process of the base's scheduler."""
-        return Process.from_scheduler(self.parts["scheduler"])
+        return Process.from_scheduler(self.parts["scheduler"], patch=self.patch)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -144,18 +149,26 @@ class PipelineModel(TrainableModel, ExportableModel):
 
     def say_too_long(self, prompts: list[str]) -> None:
         """Says how many prompts are longer than the text encoders read; their ends are ignored."""
-        if not prompts:
-            return
-        tokenizer = self.parts["tokenizer"]
-        with quiet_libraries():
-            lengths = [len(tokens) for tokens in tokenizer(prompts).input_ids]
-        limit = tokenizer.model_max_length
-        long = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
-        if long:
-            say(
-                f"{len(long)} of {len(prompts)} prompts have more than the {limit} tokens that the text "
-                f"encoders read; the rest of them is ignored: {long[0][:40]!r}..."
-            )
+        limits = self.prompt_limits() if prompts else {}
+        cut: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+        for name, limit in limits.items():
+            with quiet_libraries():
+                lengths = [len(tokens) for tokens in self.parts[name](prompts).input_ids]
+            over = tuple(prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit)
+            cut.setdefault((limit, over), []).append(name.replace("tokenizer", "text_encoder"))
+        for (limit, long), encoders in cut.items():
+            if long:
+                all_read = len(encoders) == len(limits)
+                who = "the text encoders read" if all_read else f"{' and '.join(encoders)} read"
+                say(
+                    f"{len(long)} of {len(prompts)} prompts have more than the {limit} tokens that {who}; "
+                    f"the rest of them is ignored{'' if all_read else ' there'}: {long[0][:40]!r}..."
+                )
+
+    def prompt_limits(self) -> dict[str, int]:
+        """Tokens of a prompt that the encoder reads, by the name of its tokenizer."""
+        tokenizers = [name for name in self.encoder_parts if name.startswith("tokenizer")]
+        return {name: self.parts[name].model_max_length for name in tokenizers}
 
     def encode_dropped_prompt(self) -> Conditioning:
         """One row: what classifier-free guidance uses as its negative when no negative prompt is given."""
@@ -229,8 +242,8 @@ class PipelineModel(TrainableModel, ExportableModel):
             prompts: `B` prompts.
             seeds: `B` seeds.
             negative_prompt: one for all; None: the branch that prompt dropout trains.
-            guidance_scale: None: the pipeline's default; 1 or less: no guidance.
-            num_inference_steps: None: the pipeline's default.
+            guidance_scale: None: the pipeline's default, of a distilled base none; 1 or less: no guidance.
+            num_inference_steps: None: the pipeline's default, or what the base was distilled to.
             height: pixels, a multiple of `size_multiple`; None: the base's resolution.
             width: likewise.
             scheduler: class name of a diffusers scheduler; None: the base's own.
@@ -247,8 +260,12 @@ class PipelineModel(TrainableModel, ExportableModel):
         )
         pipeline = self.pipeline(self.network_part)
         if scheduler is not None:
-            pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+            pipeline.scheduler = sampler(scheduler, pipeline.scheduler, self.timestep_arguments)
         settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        if self.distilled_steps is not None:
+            pipeline.scheduler = _distilled.trailing(pipeline.scheduler)
+            usual = {"guidance_scale": 0.0, "num_inference_steps": self.distilled_steps}
+            settings = {key: usual[key] if value is None else value for key, value in settings.items()}
         with without_requires_grad(self.network):
             latents = pipeline(
                 latents=self.to_pipeline(noise.to(self.device, torch_dtype(self.spec.dtype))),
@@ -256,10 +273,15 @@ class PipelineModel(TrainableModel, ExportableModel):
                 width=width,
                 generator=[draws.generator("sampler", *key) for key in zip(prompts, seeds, strict=True)],
                 output_type="latent",
+                **self.sampling_options(),
                 **self._embedding_arguments(cond, negative),
                 **{key: value for key, value in settings.items() if value is not None},
             ).images
         return self.from_pipeline(latents, height, width)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call."""
+        return {}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         """Latents `[B, c, h, w]` as the pipeline takes them."""
@@ -269,9 +291,37 @@ class PipelineModel(TrainableModel, ExportableModel):
         """Latents `[B, c, h, w]` of what the pipeline gives for a picture of that many pixels."""
         return latents
 
+    @property
+    def distilled_steps(self) -> int | None:
+        """The number of steps that the base was distilled to; None: it was not, or nothing says so."""
+        return self.spec.distilled_steps
+
+    def check_timesteps(self, timesteps: TimestepSpec) -> None:
+        """Refuses training timesteps that the base does not have, or, distilled, does not know.
+
+        Raises:
+            UserError: from `TimestepSpec.check`, or no explicit grid where the base was distilled.
+        """
+        timesteps.check(self.process)
+        steps = self.distilled_steps
+        if steps is None:
+            _distilled.hint(self.spec.path)
+            return
+        scheduler = _distilled.trailing(self.parts["scheduler"])
+        arguments, shift = self.timestep_arguments(scheduler, steps), self.process.sampler_shift
+        if "mu" in arguments and shift is not None:
+            side = self.default_resolution // self.latent_scale
+            arguments["mu"] = shift.mu((side, side))
+        scheduler.set_timesteps(**arguments)
+        _distilled.check_timesteps(timesteps, steps, _distilled.visited(scheduler, self.process))
+
     def check_scheduler(self, name: str, num_inference_steps: int | None) -> None:
         """Refuses a diffusers scheduler that does not exist or cannot sample this base."""
-        check_scheduler(name, self.parts["scheduler"], num_inference_steps)
+        check_scheduler(name, self.parts["scheduler"], num_inference_steps, self.timestep_arguments)
+
+    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        """What the pipeline hands to `set_timesteps` of a scheduler; for trying it out."""
+        return timestep_arguments(scheduler, steps)
 
     def embed_for_generation(
         self, prompts: list[str], negative_prompt: str | None = None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from diffalign.common.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from diffalign.models._base import Model
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The layers of attention, by the names that diffusers gives them in every network."""
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Those of a network whose text has its own beside the picture's, also of SD3.5 Medium's second attention.
+The DreamBooth script of diffusers trains the same of SD3, but says `attn.to_q`, which leaves that one out."""
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Our names of torch dtypes; text, so that reading a recipe does not import torch."""
@@ -23,7 +29,9 @@ class ModelSpec:
         path: a diffusers pipeline folder, the id of one on the hub, or one .safetensors file in the original
             layout.
         config: of a single file: the pipeline folder or hub id whose configurations, tokenizers and
-            scheduler it is read with (no weights are); null: those of the family's first base on the hub.
+            scheduler it is read with, and the weights of parts that published files of the family leave out
+            (text encoders and VAE of SD3 and FLUX), where this one does; null: those of the family's first
+            base on the hub.
         dtype: of the network's and the text encoders' weights in memory.
         revision: branch, tag or commit on the hub.
         variant: file variant, e.g. "fp16".
@@ -31,6 +39,9 @@ class ModelSpec:
         vae_dtype: of the VAE; the VAE of SDXL overflows in fp16 unless it is the fixed one.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about 1.3x the time.
         attention: "sdpa" of torch, or "xformers" where it is installed.
+        distilled_steps: of a base that was distilled to a few steps (FLUX.1-schnell 4, SDXL-Turbo 1,
+            SDXL-Lightning 2 to 8, SD3.5 Large Turbo 4) their number. It then draws in so many, without
+            guidance, and training it, which is experimental, needs timesteps.kind=grid.
     """
 
     path: str
@@ -42,15 +53,22 @@ class ModelSpec:
     vae_dtype: Dtype = "fp32"
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
+    distilled_steps: int | None = None
 
     pipeline_name: ClassVar[str]
     """The class of diffusers that loads this family."""
-    default_config: ClassVar[str]
-    """The hub id whose configurations fit a single file of this family."""
+    default_config: ClassVar[str | None]
+    """The hub id whose configurations fit a single file of the family; None: diffusers reads no such file."""
+    file_may_lack: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Parts that published single files of this family leave out -> how the names of their tensors begin."""
     network_part: ClassVar[str]
     """The name of the network in the pipeline, and of the key that puts another in its place."""
     network_class: ClassVar[str]
     """Its class of diffusers."""
+    attention_layers: ClassVar[tuple[str, ...]] = ATTENTION
+    """What `adapter.targets=null` stands for."""
+    adapter_layout: ClassVar[Literal["diffusers", "peft"]] = "diffusers"
+    """Who loads its adapters: the pipeline of diffusers, or peft, where that pipeline loads none."""
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -60,6 +78,8 @@ class ModelSpec:
         ):
             if value not in known:
                 raise unknown(f"model.{key}", value, known)
+        if self.distilled_steps is not None and self.distilled_steps < 1:
+            raise UserError(f"model.distilled_steps is {self.distilled_steps}: use 1 or more")
 
     @property
     def own_network(self) -> str | None:
@@ -77,6 +97,14 @@ class ModelSpec:
         """The same weights but for the whole network, which is at `path`."""
         changes: dict[str, Any] = {self.network_part: path}
         return replace(self, **changes)
+
+    def part_class(self, name: str) -> Any:
+        """The class that the part `name` is loaded as; None: the one that the pipeline names."""
+        return None
+
+    def with_targets(self, adapter: AdapterSpec) -> AdapterSpec:
+        """The same adapter, its layers by name."""
+        return replace(adapter, targets=list(adapter.targets or self.attention_layers))
 
     def load(self, device: str = "cpu") -> Model:
         """The model; its parts load when first used."""
@@ -121,7 +149,9 @@ class AdapterSpec:
         dropout: on the adapter's input, in training only.
         rslora: scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
         dora: weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353).
-        targets: names of the layers that get an adapter.
+        targets: names of the layers that get an adapter; null: the attention layers of the family (to_q,
+            to_k, to_v, to_out.0; of SD3 and FLUX also those of the text: add_q_proj, add_k_proj, add_v_proj,
+            to_add_out). The recipe that a run keeps has the names.
         init: folder or file of an adapter to start from; its own rank and alpha then hold.
     """
 
@@ -131,7 +161,7 @@ class AdapterSpec:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    targets: list[str] | None = None
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -143,9 +173,10 @@ class AdapterSpec:
             raise UserError(f"adapter.dropout is {self.dropout}: use a value in [0, 1)")
         if self.alpha is not None and not self.alpha > 0:
             raise UserError(f"adapter.alpha is {self.alpha}: use a value above 0")
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise UserError(
-                "adapter.targets is empty: name the layers, e.g. adapter.targets=[to_q,to_k,to_v,to_out.0]"
+                "adapter.targets is empty: name the layers, e.g. adapter.targets=[to_q,to_k,to_v,to_out.0], "
+                "or leave it out for those of attention"
             )
         if self.kind == "full" and self.init is not None:
             raise UserError(

@@ -33,7 +33,7 @@ def write_sdxl(
         projection_class_embeddings_input_dim=24 + 6 * 4,
     )
     pipeline: Any = StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=small_vae(),
         text_encoder=CLIPTextModel(text),
         text_encoder_2=CLIPTextModelWithProjection(text_2),
         tokenizer=words,
@@ -48,7 +48,7 @@ def write_sd(folder: Path, *, seed: int = 0, **scheduler_options: Any) -> None:
     """Writes a random SD 1.x pipeline for 32-pixel images (latents 4 x 16 x 16)."""
     torch.manual_seed(seed)
     pipeline: Any = StableDiffusionPipeline(
-        vae=_vae(),
+        vae=small_vae(),
         text_encoder=CLIPTextModel(text_config(32)),
         tokenizer=tokenizer(),
         unet=UNet2DConditionModel(**_unet_config(cross_attention_dim=32)),
@@ -76,7 +76,8 @@ def _unet_config(cross_attention_dim: int) -> dict[str, Any]:
     }
 
 
-def _vae() -> AutoencoderKL:
+def small_vae() -> AutoencoderKL:
+    """A VAE with 4 channels, as those of SD and SDXL."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,

@@ -39,7 +39,8 @@ class TrainableModel(Backbone):
         if adapter.kind == "full":
             self._refuse_half_precision()
         else:
-            _adapters.check(self.parts.blueprint(self.network_part), self.lora_files, adapter)
+            blueprint = self.parts.blueprint(self.network_part)
+            _adapters.check(blueprint, self.lora_files, self.spec.with_targets(adapter))
 
     def _refuse_half_precision(self) -> None:
         if self.spec.dtype != "fp32":
@@ -69,7 +70,7 @@ class TrainableModel(Backbone):
                 self.denoiser.policies[REFERENCE] = FrozenCopy(freeze(copy.deepcopy(network)))
             network.requires_grad_(True)
         elif adapter.init is None:
-            _adapters.add_fresh(network, adapter, seed=seed)
+            _adapters.add_fresh(network, self.spec.with_targets(adapter), seed=seed)
             self._hold_reference(self._moves_reference)
         else:
             _adapters.add_from_file(network, self.lora_files, adapter.init, dropout=adapter.dropout)
@@ -177,6 +178,10 @@ class TrainableModel(Backbone):
         else:
             self.network.load_state_dict(state)
 
+    def training_notes(self) -> dict[str, str]:
+        """What the file of an adapter says of its training besides peft's settings."""
+        return {}
+
     def save_adapter(self, folder: str, trained: dict[str, Tensor] | None = None) -> None:
         """Writes the LoRA as diffusers loads it, or the whole network in a folder named as its part is.
 
@@ -186,7 +191,8 @@ class TrainableModel(Backbone):
         """
         if self._trains_adapter:
             state = trained or _adapters.adapter_state(self.network)
-            self.lora_files.write(state, _adapters.trained_config(self.network), folder)
+            config = _adapters.trained_config(self.network)
+            self.lora_files.write(state, config, folder, self.training_notes())
             return
         network = self.network
         if trained is not None:

@@ -49,6 +49,9 @@ class UNetModel(PipelineModel):
         """Each layer under a name of its own."""
         return kohya_state(lora, self.kohya_layer_name)
 
+    def check_single_file(self) -> None:
+        """Refuses nothing: the family was published in that layout."""
+
     def original_encoder_state(self) -> dict[str, Tensor]:
         """The text encoders' tensors by the names of the family's published single file."""
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """Write what a run has trained for other programs, or as a whole model.
 
-format=diffusers checks a LoRA and writes it anew, with the metadata that makes it load equal. format=kohya
+format=diffusers checks a LoRA and writes it anew, with the metadata that makes it load equal: as plain
+diffusers loads it, of a PixArt through peft. format=kohya
 writes one file that ComfyUI, the WebUIs and kohya's scripts load; rsLoRA is folded into its alphas, DoRA is
 refused. format=merged writes the base with the LoRA merged into its weights, and format=full the base with
 the whole network of an adapter.kind=full run: a pipeline folder (without safety checker), or with

@@ -125,10 +125,11 @@ def train(
         limit: use so many records only, or so many prompts.
         seed: of every draw.
     """
+    model = make_one("models", model)
+    adapter = model.with_targets(adapter)
     recipe = resolved_recipe(train, locals())
     given = locals()
     settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
-    model = make_one("models", model)
     objective = make_one("objectives", objective)
     _check_objective(objective, settings)
     finished = _folder.finished(Path(out), recipe)
@@ -166,7 +167,7 @@ def _train(
     accelerator.wait_for_everyone()  # all have looked at the folder before one of them locks it
     model: Model = spec.load(str(accelerator.device))
     base = model.fingerprint()
-    settings.timesteps.check(model.process)
+    model.check_timesteps(settings.timesteps)
     model.check_training(settings.adapter)
     feed, heldout = examples.prepare(model, accelerator)
     inputs = examples.inputs()

@@ -201,13 +201,23 @@ def _snippet(model: dict[str, Any], holds: str, file: str | None = None) -> str:
     classes = {"vae": "AutoencoderKL", spec.network_part: spec.network_class}
     imports = sorted([spec.pipeline_name, *(classes[name] for name in own)])
     lines = [f"from diffusers import {', '.join(imports)}", ""]
+    if holds == "adapter" and spec.adapter_layout == "peft":
+        lines.insert(1, "from peft import PeftModel")
     for name, (path, subfolder, _) in own.items():
         lines.append(f"{name} = {classes[name]}.from_pretrained({_arguments(path, subfolder=subfolder)})")
     given = "".join(f", {name}={name}" for name in own)
     lines.append(f"pipeline = {spec.pipeline_name}.{load}{given})")
     if holds in ("adapter", "kohya"):
-        lines.append(f"pipeline.load_lora_weights({_arguments(_HERE, weight_name=file)})")
+        lines.append(_adapter_call(spec, file))
     return "\n".join([*lines, 'image = pipeline("a prompt").images[0]'])
+
+
+def _adapter_call(spec: ModelSpec, file: str | None) -> str:
+    """The line that loads what is in the folder into the pipeline."""
+    if spec.adapter_layout == "peft":
+        network = f"pipeline.{spec.network_part}"
+        return f"{network} = PeftModel.from_pretrained({network}, {_arguments(_HERE)})"
+    return f"pipeline.load_lora_weights({_arguments(_HERE, weight_name=file)})"
 
 
 def _load_call(spec: ModelSpec) -> str:

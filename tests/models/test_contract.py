@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,43 +61,72 @@ def test_encoding_and_decoding(untouched: Any) -> None:
 
 
 def test_latents_are_scaled_as_the_network_sees_them(untouched: Any) -> None:
-    """Both ways by the VAE's own factor, pixels from [0, 1] to [-1, 1] and back."""
+    """Both ways by the VAE's own shift and factor, pixels from [0, 1] to [-1, 1] and back."""
     vae = untouched.parts["vae"]
+    shift, factor = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         theirs = vae.encode(images * 2 - 1).latent_dist
-        assert torch.allclose(untouched.encode_images(images)[0], theirs.mean * vae.config.scaling_factor)
+        mean, std = untouched.encode_images(images)
+        assert torch.allclose(mean, (theirs.mean - shift) * factor, atol=1e-6)
+        assert torch.allclose(std, theirs.std * factor)
         picture = (vae.decode(theirs.mean).sample / 2 + 0.5).clamp(0, 1)
-    ours = untouched.decode(untouched.encode_images(images)[0])
-    assert torch.allclose(ours, picture, atol=1e-5)
+    assert torch.allclose(untouched.decode(mean), picture, atol=1e-5)
 
 
 def test_prompts_become_one_row_each(untouched: Any) -> None:
     cond = untouched.encode_prompts(["a red ring", "two blue squares", "a red ring"])
     assert cond.batch_size == 3
-    for tensor in cond.values():
-        assert torch.equal(tensor[0], tensor[2]) and not torch.equal(tensor[0], tensor[1])
+    assert all(torch.equal(tensor[0], tensor[2]) for tensor in cond.values())
+    assert not torch.equal(cond["prompt_embeds"][0], cond["prompt_embeds"][1])
+    if "pooled" in cond:
+        assert not torch.equal(cond["pooled"][0], cond["pooled"][1])
     alone = untouched.encode_prompts(["two blue squares"])
     assert all(torch.allclose(alone[key][0], cond[key][1], atol=1e-5) for key in cond)
     dropped = untouched.encode_dropped_prompt()
     assert dropped.batch_size == 1 and set(dropped) == set(cond)
 
 
-def test_the_dropped_prompt_is_the_branch_that_guidance_uses(untouched: Any) -> None:
-    """Bit for bit what the pipeline itself takes as negative when it is given none."""
-    pipeline = untouched.pipeline(*untouched.encoder_parts)
-    negative = untouched.embed_for_generation(["a red ring"])[1]
-    dropped = untouched.encode_dropped_prompt()
-    assert all(torch.equal(dropped[key], negative[key]) for key in dropped)
-    encoded = pipeline.encode_prompt(
-        "a red ring", device=untouched.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+def shown(model: Any, draw: Callable[[], Any]) -> list[Tensor]:
+    """The tensors that the network is first shown while `draw` runs; the noisy latents come first."""
+    seen: list[list[Any]] = []
+    handle = model.network.register_forward_pre_hook(
+        lambda module, args, named: seen.append([*args, *named.values()]), with_kwargs=True
     )
-    assert torch.equal(dropped["prompt_embeds"], encoded[1])
-    if "pooled" in dropped:
-        assert torch.equal(dropped["pooled"], encoded[3])
-        assert not dropped["prompt_embeds"].any() and not dropped["pooled"].any()
-    else:
-        assert torch.equal(dropped["prompt_embeds"], untouched.encode_prompts([""])["prompt_embeds"])
+    try:
+        draw()
+    finally:
+        handle.remove()
+    flat = [list(value.values()) if isinstance(value, dict) else [value] for value in seen[0]]
+    return [value.clone() for values in flat for value in values if isinstance(value, Tensor)]
+
+
+def test_the_dropped_prompt_is_the_branch_that_guidance_uses(backbone: tuple[str, str]) -> None:
+    """Bit for bit what the pipeline itself shows its network when it is given a prompt and no negative one.
+
+    A network that is told of the guidance, and has no second branch, has the empty prompt.
+    """
+    model: Any = load_model(*backbone)
+    dropped = model.encode_dropped_prompt()
+    pipeline = model.pipeline(*model.encoder_parts, "vae", model.network_part)
+    settings = {"num_inference_steps": 1, "height": 32, "width": 32, **model.sampling_options()}
+    theirs = shown(model, lambda: pipeline("a red ring", guidance_scale=5.0, **settings))
+    if len(theirs[0]) == 1:
+        empty = model.encode_prompts([""])
+        assert all(torch.equal(dropped[key], empty[key]) for key in dropped)
+        return
+    negatives = [value[:1] for value in theirs if value.ndim]
+    for key, row in dropped.items():
+        assert any(row.shape == value.shape and torch.equal(row, value) for value in negatives), key
+    embedded = (model.encode_prompts(["a red ring"]), dropped)
+    ours = shown(
+        model,
+        lambda: model.sample(
+            ["a red ring"], [0], guidance_scale=5.0, num_inference_steps=1, embedded=embedded
+        ),
+    )
+    assert len(ours) == len(theirs)
+    assert all(map(torch.equal, ours[1:], theirs[1:]))
 
 
 FRESH = {
@@ -104,13 +135,20 @@ FRESH = {
     "dora": AdapterSpec(rank=2, dora=True),
     "dropout": AdapterSpec(rank=2, dropout=0.3),
     "dora-dropout": AdapterSpec(rank=2, dora=True, dropout=0.3),
-    "convolutions": AdapterSpec(rank=2, targets=["to_q", "conv1", "proj_in"]),
+    "everywhere": AdapterSpec(rank=2, targets=["every layer"]),
     "full": AdapterSpec(kind="full"),
 }
-# Layers whose input lies across memory: there torch's path depends on who requires gradients.
-EVERYWHERE = AdapterSpec(
-    rank=4, targets=["proj_in", "proj_out", "conv1", "ff.net.2", "to_q", "time_emb_proj"]
-)
+# In layers whose input lies across memory torch's path depends on who requires gradients.
+EVERYWHERE = AdapterSpec(rank=4, targets=["every layer"])
+
+
+def fitted(spec: AdapterSpec, model: Any) -> AdapterSpec:
+    """The spec with the names of all layers of the network that can have an adapter for "every layer"."""
+    if spec.targets != ["every layer"]:
+        return spec
+    layers = model.parts.blueprint(model.network_part).named_modules()
+    names = [name for name, layer in layers if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    return replace(spec, targets=names)
 
 
 @pytest.mark.parametrize("kind", FRESH)
@@ -119,7 +157,7 @@ def test_fresh_training_changes_nothing_and_the_reference_stays_the_base(
 ) -> None:
     base = answer(untouched)
     model: Any = load_model(*backbone)
-    model.start_training(FRESH[kind], seed=0, with_reference=True)
+    model.start_training(fitted(FRESH[kind], model), seed=0, with_reference=True)
     assert model.network.training
     assert torch.equal(answer(model), base) and torch.equal(answer(model, "reference"), base)
     perturb(model.denoiser.trainable_parameters(), 0.05)
@@ -169,7 +207,7 @@ def adapters(backbone: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
     folders = {}
     for kind, spec in {"rslora": FRESH["rslora"], "dora": FRESH["dora"], "everywhere": EVERYWHERE}.items():
         model: Any = load_model(*backbone)
-        model.start_training(spec, seed=3, with_reference=False)
+        model.start_training(fitted(spec, model), seed=3, with_reference=False)
         perturb(model.denoiser.trainable_parameters(), 0.3)
         folders[kind] = tmp_path_factory.mktemp(kind)
         model.save_adapter(str(folders[kind]))
@@ -209,11 +247,12 @@ def test_an_adapter_to_start_from_keeps_its_bits(
 
     stored = load_file(next(adapters[kind].glob("*.safetensors")))
     model: Any = load_model(*backbone, dtype=dtype)
+    prefix = "base_model.model" if model.spec.adapter_layout == "peft" else model.network_part
     model.start_training(AdapterSpec(init=str(adapters[kind])), seed=0, with_reference=True)
     state = model.trained_state()
     assert len(state) == len(stored)
     for name, tensor in state.items():
-        assert torch.equal(tensor, stored[f"unet.{name}"]), name
+        assert torch.equal(tensor, stored[f"{prefix}.{name}"]), name
     parameters = dict(model.network.named_parameters())
     for name, tensor in parameters.items():
         if ".trained" in name:
@@ -259,7 +298,7 @@ def test_full_training_in_half_precision_is_refused(backbone: tuple[str, str]) -
 def test_parts_leave_memory_and_come_back(backbone: tuple[str, str]) -> None:
     model: Any = load_model(*backbone)
     before = model.encode_prompts(["a"])
-    assert "unet" not in model.parts._loaded  # encoding needs no network
+    assert model.network_part not in model.parts._loaded  # encoding needs no network
     model.drop_encoders()
     assert not any(name in model.parts._loaded for name in (*model.encoder_parts, "vae"))
     after = model.encode_prompts(["a"])
@@ -274,7 +313,8 @@ def test_the_fingerprint_names_weights_and_process(
     same, other_weights, other_process = (tmp_path / part for part in "abc")
     tiny(same)
     tiny(other_weights, seed=1)
-    tiny(other_process, prediction_type="v_prediction")
+    flows = untouched.process.prediction == "flow"
+    tiny(other_process, **({"num_train_timesteps": 500} if flows else {"prediction_type": "v_prediction"}))
     assert load_model(name, str(same)).fingerprint() == untouched.fingerprint()
     assert load_model(name, str(other_weights)).fingerprint() != untouched.fingerprint()
     assert load_model(name, str(other_process)).fingerprint() != untouched.fingerprint()
@@ -290,21 +330,23 @@ def test_the_pipeline_is_the_one_that_the_base_names(untouched: Any) -> None:
 
 
 def test_the_process_is_that_of_the_scheduler(untouched: Any) -> None:
-    theirs = Process.from_scheduler(untouched.parts["scheduler"])
-    assert untouched.process.prediction == "epsilon"
+    scheduler = untouched.parts["scheduler"]
+    theirs = Process.from_scheduler(scheduler)
+    flows = type(scheduler).__name__.startswith("FlowMatch")
+    assert untouched.process.prediction == ("flow" if flows else "epsilon")
     assert torch.equal(untouched.process.alphas, theirs.alphas)
 
 
 def first_noise(model: Any, prompts: list[str], seeds: list[int]) -> Tensor:
     """What the network is first shown, while pictures are drawn in one step without guidance."""
-    seen: list[Tensor] = []
-    handle = model.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    try:
-        pictures = model.generate(prompts, seeds, num_inference_steps=1, guidance_scale=1.0)
-    finally:
-        handle.remove()
+    pictures: list[Any] = []
+    noise, *_ = shown(
+        model,
+        lambda: pictures.extend(model.generate(prompts, seeds, num_inference_steps=1, guidance_scale=1.0)),
+    )
+    assert len(noise) == len(prompts)
     assert all(isinstance(picture, Image.Image) and picture.size == (32, 32) for picture in pictures)
-    return seen[0]
+    return noise
 
 
 def test_the_initial_noise_depends_on_prompt_and_seed_alone(backbone: tuple[str, str]) -> None:

@@ -91,3 +91,11 @@ def test_a_full_unet_as_policy_is_set_up_as_the_base_is(tiny_sd: str) -> None:
     model: Any = load_model("sd", tiny_sd, gradient_checkpointing=True)
     model.load_policy(tiny_sd)
     assert model.denoiser.network is not model.network and model.denoiser.network.is_gradient_checkpointing
+
+
+def test_no_prompt_is_the_empty_one_or_zeros(tiny_sd: str, tiny_sdxl: str) -> None:
+    """What guidance of SD and of SDXL starts from."""
+    sd, sdxl = load_model("sd", tiny_sd), load_model("sdxl", tiny_sdxl)
+    dropped = sd.encode_dropped_prompt()
+    assert torch.equal(dropped["prompt_embeds"], sd.encode_prompts([""])["prompt_embeds"])
+    assert not any(tensor.any() for tensor in sdxl.encode_dropped_prompt().values())

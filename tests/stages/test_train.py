@@ -133,6 +133,19 @@ def test_the_same_command_on_a_finished_run_says_so(
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_the_layers_that_are_trained_stand_in_the_recipe(
+    finished: Path, tiny_sdxl: str, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By name, as in runs of a time when they had to be named: those are gone on with."""
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+    assert files.read_json(finished / "manifest.json")["recipe"]["adapter"]["targets"] == layers
+    kept = ("validation.share=0.5", "validation.draws=2", "accumulation=2")
+    assert cli.main(words(tiny_sdxl, pairs, finished, *kept, f"adapter.targets=[{','.join(layers)}]")) == 0
+    assert "holds this run, finished after 4 steps; nothing to do" in capsys.readouterr().err
+    told = refused(capsys, words(tiny_sdxl, pairs, finished, *kept, "adapter.targets=[to_q]"))
+    assert "adapter.targets=['to_q'] (there: ['to_q', 'to_k', 'to_v', 'to_out.0'])" in told
+
+
 def test_an_unfinished_run_of_another_recipe_is_refused_before_anything_is_loaded(
     finished: Path, tiny_sdxl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

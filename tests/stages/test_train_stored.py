@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import cli
-from diffalign.models._adapters import WEIGHTS_FILE
+from diffalign.models._lora_files import WEIGHTS_FILE
 from diffalign.objectives.diffusion_dpo import Plugin
 from diffalign.training import stored
 from tests.pickapic_files import jpeg, row, write

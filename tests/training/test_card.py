@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffalign.common import draws, plugins
 from diffalign.models import load_model
 from diffalign.models._spec import AdapterSpec
+from diffalign.models.pixart import Plugin as PixArt
 from diffalign.models.sdxl import Plugin as SDXL
 from diffalign.training.card import model_card
 from tests.tiny_training import perturb
@@ -59,6 +61,22 @@ def test_the_code_draws_the_picture_of_the_recipe(kind: Any, tiny_sdxl: str, tmp
     source = source.replace("path/to/this/folder", str(tmp_path / "trained"))
     exec(source.replace('"a prompt"', '"a ring", num_inference_steps=1, latents=noise'), scope)
     assert np.array_equal(np.asarray(scope["image"]), np.asarray(ours))
+
+
+def test_the_code_loads_an_adapter_through_peft_where_diffusers_cannot(tmp_path: Path) -> None:
+    """Bit for bit; the smallest base has no size in the list that the pipeline draws at by default."""
+    base = PixArt.tiny(tmp_path / "base").path
+    model: Any = load_model("pixart", base)
+    model.start_training(AdapterSpec(rank=2, alpha=3), seed=0, with_reference=False)
+    perturb(model.denoiser.trainable_parameters(), 0.3)
+    model.save_adapter(str(tmp_path / "trained"))
+    model.network.eval()
+    source = code(card({"name": "pixart", "path": base}))
+    source = source.replace("path/to/this/folder", str(tmp_path / "trained"))
+    settings = "num_inference_steps=1, latents=noise, use_resolution_binning=False, output_type='latent'"
+    scope: dict[str, Any] = {"noise": draws.normal((1, 4, 16, 16), "initial", "a ring", 0)}
+    exec(source.replace('"a prompt"', f'"a ring", clean_caption=False, {settings}'), scope)
+    assert torch.equal(scope["image"], model.sample(["a ring"], [0], num_inference_steps=1)[0])
 
 
 def test_revision_and_variant_are_named() -> None:
