@@ -65,7 +65,7 @@ class LoraFiles:
         """
         config = {**config, "lora_dropout": 0.0, "inference_mode": True}
         # peft holds names as sets, whose order changes with the process: sorted, equal runs write equal
-        # files.
+        # settings (the order of a file's metadata is safetensors' own).
         metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         self._write(tensors, metadata, str(folder))

@@ -374,8 +374,14 @@ class PipelineModel(TrainableModel, ExportableModel):
         return (*self.encoder_parts, "vae", self.network_part)
 
     def encoder_fingerprint(self) -> str:
-        """Identity of VAE and text encoders."""
-        return recipe_identity({name: self.parts.identity(name) for name in (*self.encoder_parts, "vae")})
+        """Identity of VAE and text encoders, and of what else decides their embeddings."""
+        identity = recipe_identity({name: self.parts.identity(name) for name in (*self.encoder_parts, "vae")})
+        settings = self.encoder_settings()
+        return recipe_identity({"parts": identity, **settings}) if settings else identity
+
+    def encoder_settings(self) -> dict[str, Any]:
+        """What decides a prompt's embeddings beside the weights of the encoders."""
+        return {}
 
     def fingerprint(self) -> str:
         """Identity of network, VAE, text encoders and forward process; the sampler does not matter."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
-from diffalign.common.manifest import recipe_identity
 from diffalign.common.progress import say
 from diffalign.models._base import Model
 from diffalign.models._export import Lora, check_kohya
@@ -239,11 +238,9 @@ class Flux(TransformerModel):
     def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
         return {"prompt_embeds": cond["prompt_embeds"], "pooled_prompt_embeds": cond["pooled"]}
 
-    def encoder_fingerprint(self) -> str:
-        """Identity of VAE, text encoders and the tokens that T5 reads."""
-        return recipe_identity(
-            {"parts": super().encoder_fingerprint(), "max_sequence_length": self.max_sequence_length}
-        )
+    def encoder_settings(self) -> dict[str, Any]:
+        """The length that prompts are cut at."""
+        return {"max_sequence_length": self.max_sequence_length}
 
     # Guidance of training and of drawing
 

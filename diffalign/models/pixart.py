@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
-from diffalign.common.manifest import recipe_identity
 from diffalign.models._base import Model
 from diffalign.models._spec import TransformerSpec
 from diffalign.models._transformer import TransformerModel
@@ -147,7 +146,6 @@ class PixArt(TransformerModel):
             **{f"negative_{name}": tensor for name, tensor in negative.items()},
         }
 
-    def encoder_fingerprint(self) -> str:
-        """Identity of VAE, text encoder and the length that prompts are cut at."""
-        length = self.spec.max_sequence_length
-        return recipe_identity({"parts": super().encoder_fingerprint(), "max_sequence_length": length})
+    def encoder_settings(self) -> dict[str, Any]:
+        """The length that prompts are cut at."""
+        return {"max_sequence_length": self.spec.max_sequence_length}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
-from diffalign.common.manifest import recipe_identity
 from diffalign.models._base import Model
 from diffalign.models._export import Lora, check_kohya
 from diffalign.models._mmdit import sd3_kohya
@@ -101,10 +100,9 @@ class StableDiffusion3(TransformerModel):
         limits = super().prompt_limits()
         return {**limits, **({"tokenizer_3": self.spec.max_sequence_length} if self.spec.use_t5 else {})}
 
-    def encoder_fingerprint(self) -> str:
-        """Identity of VAE, text encoders and the tokens that T5 reads."""
-        length = self.spec.max_sequence_length
-        return recipe_identity({"parts": super().encoder_fingerprint(), "max_sequence_length": length})
+    def encoder_settings(self) -> dict[str, Any]:
+        """The length that prompts are cut at."""
+        return {"max_sequence_length": self.spec.max_sequence_length}
 
     def pipeline_options(self) -> dict[str, Any]:
         """None in the place of T5 where it is left out."""
