@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow
@@ -221,6 +221,7 @@ class Constant:
 
     size_multiple = 64
     default_resolution = 1024
+    text_masks: ClassVar[dict[str, str]] = {}
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Zeros of the shape of SDXL's latents."""

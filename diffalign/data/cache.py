@@ -27,7 +27,7 @@ from diffalign.common import draws, files, manifest
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError, brief
 from diffalign.data.cache_index import PROMPTS, RECORDS, TABLES
-from diffalign.data.cache_packs import TENSORS
+from diffalign.data.cache_packs import SHOWN, SPANS, TENSORS, TEXT
 from diffalign.data.encoded import Example, numbered, ratings, with_sizes
 from diffalign.data.records import Record
 from diffalign.data.select import Group, UsableGroups
@@ -79,10 +79,14 @@ class RowFile:
         return [name for name in self._known if name.startswith(prefix)]
 
     def row(self, name: str, number: int) -> Tensor:
-        """Row `number` of a tensor, read now; float16 becomes float32. UserError where the file ends."""
+        """Row `number` of a tensor, as `rows`."""
+        return self.rows(name, number, 1)[0]
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Rows of a tensor, read now; float16 becomes float32. UserError where the file ends."""
         dtype, shape, offset = self._known[name]
-        tensor = torch.empty(shape, dtype=dtype)
-        place = self._start + offset + number * tensor.nbytes
+        tensor = torch.empty((count, *shape), dtype=dtype)
+        place = self._start + offset + first * math.prod(shape) * dtype.itemsize
         content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         if os.preadv(self._descriptor, [content], place) != tensor.nbytes:
             raise damaged(self._path, "cut off")
@@ -148,6 +152,17 @@ class Cache:
     def told(self, row: int) -> dict[str, Tensor]:
         """What the network is told of sizes, one row by name."""
         return {name: table[row : row + 1] for name, table in self.sizes.items()}
+
+    def text(self, prompt: int) -> Conditioning:
+        """What a prompt was encoded to, one row; zeros stand where its mask hides it."""
+        pack, row = (int(number) for number in self.tables["prompt_places"][prompt])
+        file = self.packs[pack]
+        found = {name.removeprefix(TEXT): file.row(name, row) for name in file.names(TEXT)}
+        for name in (name.removeprefix(SHOWN) for name in file.names(SHOWN)):
+            first, kept, whole = file.row(f"{SPANS}{name}", row).tolist()
+            shown = file.rows(f"{SHOWN}{name}", first, kept)
+            found[name] = torch.cat([shown, shown.new_zeros(whole - kept, *shown.shape[1:])])
+        return Conditioning({name: tensor[None] for name, tensor in found.items()})
 
     def choose(
         self,
@@ -271,11 +286,7 @@ class CachedSet:
         """One row per image of the example; all share the prompt, or all have it dropped."""
         if dropped:
             return with_sizes(self.cache.dropped, example)
-        pack, row = (int(number) for number in self.cache.tables["prompt_places"][example.prompt_row])
-        file = self.cache.packs[pack]
-        names = file.names("text.")
-        text = {name.removeprefix("text."): file.row(name, row)[None] for name in names}
-        return with_sizes(Conditioning(text), example)
+        return with_sizes(self.cache.text(example.prompt_row), example)
 
     def kinds(self) -> NDArray[np.int64]:
         """`[n]`, equal where bucket and number of images are."""

@@ -2,8 +2,12 @@
 
 A pack is two files. `NAME.safetensors` holds what is new in it: latents of pictures by bucket
 (`mean.1024x1024`, `std.1024x1024`), embeddings of prompts (`text.*`), and what the network is told of sizes
-(`size.*`). `NAME.jsonl` has one row a record of the source, in order; it is written last, and where it is the
-pack is complete:
+(`size.*`). Where a mask hides the end of an embedding (`Encoder.text_masks`) only what comes before is kept,
+of one prompt after another (`shown.*`), and for each prompt where that begins, how many rows are kept and how
+many there were (`spans.*`).
+
+`NAME.jsonl` has one row a record of the source, in order; it is written last, and where it is the pack is
+complete:
 
     {"position": 12, "id": "a.parquet:12", "dropped": "corrupt_image"}
     {"position": 13, "size": [1024, 1024], "keys": ["5f...", "09..."], "key_rows": [7, -1], "told": [0, 0],
@@ -36,6 +40,7 @@ from diffalign.data.records import Record
 from diffalign.data.select import Unusable
 
 ROWS, TENSORS = ".jsonl", ".safetensors"
+TEXT, SHOWN, SPANS = "text.", "shown.", "spans."
 
 MAX_ROWS = 65536
 """Records in a pack of pictures that take hardly any room."""
@@ -180,7 +185,12 @@ class PackWriter:
         """Encodes the prompts that are waiting."""
         pack = self._pack
         for part in prompt_batches(pack.prompts, self._encoder):
-            texts = {name: self._stored(tensor, "text embeddings") for name, tensor in part.items()}
+            parts = {f"{TEXT}{name}": tensor for name, tensor in part.items()}
+            for name, mask in self._encoder.text_masks.items():
+                first = sum(len(earlier[f"{SHOWN}{name}"]) for earlier in pack.texts)
+                shown, spans = without_hidden(parts.pop(f"{TEXT}{name}"), part[mask], first)
+                parts |= {f"{SHOWN}{name}": shown, f"{SPANS}{name}": spans}
+            texts = {name: self._stored(tensor, "text embeddings") for name, tensor in parts.items()}
             pack.texts.append(texts)
             pack.num_bytes += sum(tensor.nbytes for tensor in texts.values())
         pack.prompts.clear()
@@ -207,22 +217,44 @@ class PackWriter:
                 continue
             for name, moments in zip(("mean", "std"), zip(*latents, strict=True), strict=False):
                 tensors[f"{name}.{kind}"] = torch.stack(moments)
-        tensors |= _joined("text", pack.texts) | _joined("size", map(self._size, pack.told))
+        tensors |= _joined(pack.texts) | _joined(map(self._size, pack.told))
         write_tensors(self._folder / f"{self._name}{TENSORS}", tensors)
         files.write_jsonl(self._folder / f"{self._name}{ROWS}", pack.rows)
         self._number += 1
         self._pack = _Pack()
 
     def _size(self, told: Told) -> dict[str, Tensor]:
-        return {name: tensor.cpu() for name, tensor in self._encoder.size_conditioning(*told).items()}
+        sizes = self._encoder.size_conditioning(*told)
+        return {f"size.{name}": tensor.cpu() for name, tensor in sizes.items()}
 
 
-def _joined(prefix: str, parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def without_hidden(whole: Tensor, mask: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The rows of each prompt up to the last that its mask shows, one prompt after another; and their places.
+
+    Where a mask shows none, all: a softmax over nothing but hidden rows weighs these.
+
+    Args:
+        whole: `[B, n, ...]`.
+        mask: `[B, n]`, 0 hides.
+        first: row where they will begin.
+
+    Returns:
+        `[sum of kept, ...]`, and `[B, 3]` int64: `first, kept, whole` of each prompt.
+    """
+    length = whole.shape[1]
+    last = (mask.ne(0) * torch.arange(1, length + 1)).amax(dim=1)
+    kept = last.where(last > 0, length)
+    rows = [tensor[:count] for tensor, count in zip(whole, kept.tolist(), strict=True)]
+    spans = torch.stack([first + kept.cumsum(0) - kept, kept, torch.full_like(kept, length)], dim=1)
+    return torch.cat(rows), spans
+
+
+def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The parts' rows one after another, by name; nothing where there are none."""
     columns: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, tensor in part.items():
-            columns.setdefault(f"{prefix}.{name}", []).append(tensor)
+            columns.setdefault(name, []).append(tensor)
     return {name: torch.cat(tensors) for name, tensors in columns.items()}
 
 

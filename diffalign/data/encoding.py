@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -32,6 +32,9 @@ class Encoder(Protocol):
 
     size_multiple: int
     default_resolution: int
+
+    text_masks: Mapping[str, str]
+    """Tensor of `encode_prompts` -> the mask `[B, n]` there; rows `[:, k]` that it hides (0) never matter."""
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """`(mean, std)` of scaled latents."""

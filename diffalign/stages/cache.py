@@ -262,7 +262,10 @@ def _measure(source: Any, base: Model, recipe: dict[str, Any]) -> _Costs:
     bytes_a_number = 2 if recipe["dtype"] == "fp16" else 4
     return _Costs(
         picture=mean[0].numel() * bytes_a_number * (2 if recipe["posterior"] == "sample" else 1),
-        prompt=sum(tensor.numel() * min(tensor.element_size(), bytes_a_number) for tensor in text.values()),
+        prompt=sum(
+            tensor.numel() * (bytes_a_number if tensor.dtype == torch.float32 else tensor.element_size())
+            for tensor in text.values()
+        ),
         seconds=seconds / len(pixels),
         pictures_a_row=recipe["variants"] * max(len(group.group.candidates) for group in fitted),
     )
@@ -273,7 +276,8 @@ def _estimate(
 ) -> None:
     """Says how much disk and time it will take. UserError, in every process, when the disk is too small.
 
-    It is an upper bound: every picture and prompt is taken for a new one.
+    It is an upper bound: every picture is taken for a new one, every prompt too where the source cannot count
+    them, and padding that is left out is counted in.
     """
     from diffalign.data.cache_packs import TENSORS, packs_of
 
@@ -281,15 +285,18 @@ def _estimate(
     written = sum(path.with_suffix(TENSORS).stat().st_size for path in packs_of(folder))
     free = shutil.disk_usage(folder).free + written
     rate = share.count / costs.seconds
-    sizes = f"{costs.picture / 1e3:,.0f} kB a picture, {costs.prompt / 1e3:,.0f} kB a prompt"
-    said = f"{sizes}, {rate:,.1f} pictures/s, {free / 1e9:,.1f} GB free"
+    picture, prompt = (f"{num_bytes / 1e3:,.0f} kB" for num_bytes in (costs.picture, costs.prompt))
+    if base.text_masks:
+        prompt += " with padding, which is not kept"
+    said = f"{picture} a picture, {prompt} a prompt, {rate:,.1f} pictures/s, {free / 1e9:,.1f} GB free"
     needed = 0
     if total is not None:
         pictures = total * costs.pictures_a_row
-        needed = pictures * costs.picture + total * costs.prompt
+        prompts, what = _count_prompts(source, total)
+        needed = pictures * costs.picture + prompts * costs.prompt
         said = (
-            f"at most {pictures:,} pictures of {costs.picture / 1e3:,.0f} kB and {total:,} prompts of "
-            f"{costs.prompt / 1e3:,.0f} kB: {needed / 1e9:,.1f} GB of {free / 1e9:,.1f} free, "
+            f"at most {pictures:,} pictures of {picture} and {prompts:,} {what} of {prompt}: "
+            f"{needed / 1e9:,.1f} GB of {free / 1e9:,.1f} free, "
             f"{pictures / rate / 3600:,.1f} h at {rate:,.1f} pictures/s"
         )
     if share.index == 0:
@@ -297,8 +304,17 @@ def _estimate(
     if needed > free and not recipe["ignore_disk"]:
         raise UserError(
             f"out={folder} needs up to {needed / 1e9:,.1f} GB and has {free / 1e9:,.1f}: choose another "
-            "disk, use posterior=mean or limit=, or ignore_disk=true where many pictures are the same"
+            "disk, use posterior=mean or limit=, or ignore_disk=true where it will be less, as where many "
+            "pictures are the same"
         )
+
+
+def _count_prompts(source: Any, total: int) -> tuple[int, str]:
+    """At most how many prompts the first `total` rows have, and what messages call them."""
+    captions = source.captions()
+    if captions is None:
+        return total, "prompts (one a row: they are not counted)"
+    return len({hash(prompt) for prompt in islice(captions, total)}), "different prompts"
 
 
 def _check_recipe(recipe: dict[str, Any]) -> None:

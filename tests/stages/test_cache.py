@@ -215,11 +215,11 @@ def test_a_disk_that_is_too_small_is_told_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """24 pictures of 4 x 16 x 16 numbers, twice, in fp16: 4 kB each, and 12 prompts."""
+    """24 pictures of 4 x 16 x 16 numbers, twice, in fp16: 4 kB each; 12 rows of 9 captions."""
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 5, 5))
     assert cli.main(words(tiny_sdxl, pairs, tmp_path / "cache")) == 2
     said = capsys.readouterr().err
-    assert "at most 24 pictures of 4 kB and 12 prompts of" in said
+    assert "at most 24 pictures of 4 kB and 9 different prompts of" in said
     assert "choose another disk" in said and not list(tmp_path.glob("cache/*.safetensors"))
     assert cli.main(words(tiny_sdxl, pairs, tmp_path / "cache", "ignore_disk=true")) == 0
 

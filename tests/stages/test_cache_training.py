@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 
 from diffalign import cli
 from diffalign.common import files, manifest
+from diffalign.data import cache_packs
 from diffalign.data.batches import Batch
 from diffalign.data.cache import open_cache
 from diffalign.data.loader import batches
 from diffalign.data.specs import LoaderSpec
 from diffalign.models._parts import Parts
+from diffalign.models.pixart import PixArt as PixArtModel
+from diffalign.models.pixart import Plugin as PixArt
 from tests.tiny_training import picture
 
 SCORER = {"scale": "cosine", "version": "1"}
@@ -63,6 +66,12 @@ def _candidate(what: str, group: int, place: int, count: int) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def tiny_pixart(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Its network masks the padding of prompts."""
+    return PixArt.tiny(tmp_path_factory.mktemp("tiny") / "pixart").path
+
+
 def make(data: Path, what: str, family: str, base: str, out: Path, *more: str) -> Path:
     """The cache of a file, in fp32."""
     words = ["cache", f"model={family}", f"model.path={base}", "data=jsonl", f"data.path={data / what}"]
@@ -81,7 +90,8 @@ def train(family: str, base: str, out: Path, *more: str) -> dict[str, torch.Tens
         "checkpoint.every=1",
     ]
     assert cli.main([*words, *settings, *more]) == 0
-    return load_file(out / "adapter" / "pytorch_lora_weights.safetensors")
+    (file,) = (out / "adapter").rglob("*.safetensors")
+    return load_file(file)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -97,6 +107,8 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         ("liked", ("objective=sft",), "sd"),
         ("scored", ("objective=smpo", "objective.inversion_steps=2"), "sdxl"),
         ("pairs", ("objective=dpo",), "sd"),
+        ("pairs", ("objective=dpo", "loader.caption_dropout=0.5"), "pixart"),
+        ("liked", ("objective=sft", "adapter.kind=full"), "pixart"),
     ],
 )
 def test_training_from_it_is_training_from_the_data(
@@ -116,6 +128,34 @@ def test_training_from_it_is_training_from_the_data(
     rows = [files.read_jsonl(tmp_path / name / "metrics.jsonl") for name in "ab"]
     assert rows[0] == rows[1] and len(rows[0]) == 2
     assert open_cache(cache).facts["kinds"] == ["32x32", "24x40"]
+
+
+def test_padding_that_is_masked_takes_no_room(
+    data: Path, tiny_pixart: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Four prompts of 5 tokens each, and 295 that only pad; a cache that keeps them all is read alike."""
+    monkeypatch.setattr(cache_packs, "PROMPT_BATCH", 3)  # the fourth is encoded alone
+    cut = make(data, "pairs", "pixart", tiny_pixart, tmp_path / "cut")
+    said = capsys.readouterr().err
+    assert "4 different prompts of 50 kB with padding, which is not kept:" in said  # 300 x (40 x 4 + 8) bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(PixArtModel, "text_masks", {})
+        whole = make(data, "pairs", "pixart", tiny_pixart, tmp_path / "whole")
+    packs = [load_file(folder / "00000-of-00001-000000.safetensors") for folder in (cut, whole)]
+    assert packs[0]["shown.prompt_embeds"].shape == (20, 40) and "text.prompt_embeds" not in packs[0]
+    assert packs[0]["spans.prompt_embeds"].tolist() == [[5 * row, 5, 300] for row in range(4)]
+    assert packs[1]["text.prompt_embeds"].shape == (4, 300, 40)
+    one, other = (open_cache(folder).choose()[0] for folder in (cut, whole))
+    for example in one.examples:
+        given, full = (encoded.conditioning(example, dropped=False) for encoded in (one, other))
+        assert torch.equal(given["prompt_attention_mask"], full["prompt_attention_mask"])
+        assert given["prompt_embeds"].shape == full["prompt_embeds"].shape == (2, 300, 40)
+        stored = packs[1]["text.prompt_embeds"][example.prompt_row]  # of one pack, so in the same order
+        assert all(torch.equal(embeds, stored) for embeds in full["prompt_embeds"])
+        assert all(torch.equal(embeds[:5], stored[:5]) for embeds in given["prompt_embeds"])
+        assert not given["prompt_embeds"][:, 5:].any() and full["prompt_embeds"][:, 5:].all()
+    trained = [train("pixart", tiny_pixart, tmp_path / f.stem[0], f"cache={f}") for f in (cut, whole)]
+    assert equal(*trained)
 
 
 def taken(encoded: Any, **options: Any) -> list[Batch]:

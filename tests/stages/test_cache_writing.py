@@ -18,7 +18,7 @@ from diffalign.common.draws import seed_of
 from diffalign.common.errors import UserError
 from diffalign.data import cache_packs
 from diffalign.data.cache import open_cache
-from diffalign.data.cache_packs import PackSpec, PackWriter, packs_of, write_tensors
+from diffalign.data.cache_packs import PackSpec, PackWriter, packs_of, without_hidden, write_tensors
 from diffalign.data.encoding import fitter
 from diffalign.data.pictures import ImageRef
 from diffalign.data.records import Candidate, Record
@@ -247,9 +247,9 @@ def test_the_estimate_knows_how_many_records_there_are(
     """Of a file of records, of `limit`, in every process; packs that are there count as free."""
     data = records(tmp_path / "data", [(f"p{n}", (2 * n, 2 * n + 1)) for n in range(5)])
     assert cli.main(words(tiny_sdxl, data, tmp_path / "a")) == 0
-    assert "at most 10 pictures of 4 kB and 5 prompts" in capsys.readouterr().err
+    assert "at most 10 pictures of 4 kB and 5 different prompts of 5 kB:" in capsys.readouterr().err
     assert cli.main(words(tiny_sdxl, data, tmp_path / "b", "limit=2")) == 0
-    assert "at most 4 pictures of 4 kB and 2 prompts" in capsys.readouterr().err
+    assert "at most 4 pictures of 4 kB and 2 different prompts" in capsys.readouterr().err
     stop_after(3, monkeypatch, words(tiny_sdxl, data, tmp_path / "c"))
     packs = sum(path.with_suffix(".safetensors").stat().st_size for path in packs_of(tmp_path / "c"))
     free = 10 * 4096 + 5 * 5200 - packs
@@ -261,6 +261,62 @@ def test_the_estimate_knows_how_many_records_there_are(
     capsys.readouterr()
     assert cli.main(words(tiny_sdxl, data, tmp_path / "d")) == 2
     assert "choose another disk" in error(capsys)
+
+
+def test_prompts_of_several_rows_take_their_room_once(
+    tiny_sdxl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six rows, three of each prompt: to the byte; then the first three, and two of the second prompt."""
+    rows = [(prompt, (2 * n, 2 * n + 1)) for n, prompt in enumerate("aaabbb")]
+    data = records(tmp_path / "data", rows)
+    needed = 12 * 4096 + 2 * 2 * (77 * 32 + 24)  # 77 tokens of 32 numbers and 24 pooled ones, in fp16
+    for free, code in ((needed - 1, 2), (needed, 0)):
+        usage = shutil._ntuple_diskusage(10**6, 10**6 - free, free)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda place, usage=usage: usage)
+            assert cli.main(words(tiny_sdxl, data, tmp_path / "out")) == code
+        assert "at most 12 pictures of 4 kB and 2 different prompts of 5 kB:" in capsys.readouterr().err
+    assert cli.main(words(tiny_sdxl, data, tmp_path / "less", "limit=3")) == 0
+    assert "6 pictures of 4 kB and 1 different prompts" in capsys.readouterr().err
+    (tmp_path / "some.txt").write_text("b\n")
+    subset = ("limit=2", f"data.prompts={tmp_path / 'some.txt'}")
+    assert cli.main(words(tiny_sdxl, data, tmp_path / "some", *subset)) == 0
+    assert "4 pictures of 4 kB and 1 different prompts" in capsys.readouterr().err
+
+
+def test_where_prompts_cannot_be_counted_the_estimate_says_so(
+    tiny_sdxl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows of a subset are not known before they are read, so the bound is a prompt a row."""
+    write(tmp_path / "a.parquet", [row(f"a {name}") for name in "bbcc"])
+    (tmp_path / "some.txt").write_text("a c\n")
+    common = ["cache", "model=sdxl", f"model.path={tiny_sdxl}", "data=pickapic", "preprocess.resolution=16"]
+    common += [f"data.path={tmp_path / 'a.parquet'}", f"data.prompts={tmp_path / 'some.txt'}"]
+    assert cli.main([*common, "limit=2", f"out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr().err
+    assert "at most 4 pictures of 1 kB and 2 prompts (one a row: they are not counted) of 5 kB:" in said
+    assert open_cache(tmp_path / "out").facts["prompts"] == 1
+
+
+MASKS = {
+    "tokens, then padding": ([1, 1, 0, 0], [0, 1]),
+    "no padding": ([1, 1, 1, 1], [0, 1, 2, 3]),
+    "a gap": ([1, 0, 1, 0], [0, 1, 2]),
+    "padding, then tokens": ([0, 0, 1, 1], [0, 1, 2, 3]),
+    "nothing shown": ([0, 0, 0, 0], [0, 1, 2, 3]),
+}
+
+
+def test_what_a_mask_hides_at_the_end_is_left_out() -> None:
+    """Number 10 k + n in row n of prompt k; the first of them begins at row 7 of its pack."""
+    mask = torch.tensor([mask for mask, _ in MASKS.values()])
+    whole = torch.tensor([[[10.0 * k + n] * 2 for n in range(4)] for k in range(5)])
+    wanted = [10.0 * k + n for k, (_, kept) in enumerate(MASKS.values()) for n in kept]
+    for given in (mask, mask.bool(), mask.float()):
+        shown, spans = without_hidden(whole, given, 7)
+        assert shown.tolist() == [[number, number] for number in wanted]
+        assert spans.tolist() == [[7, 2, 4], [9, 4, 4], [13, 3, 4], [16, 4, 4], [20, 4, 4]]
+        assert spans.dtype == torch.int64 and shown.untyped_storage().nbytes() == 17 * 2 * 4
 
 
 def test_a_resolution_of_a_slipped_finger_is_refused_before_it_fills_the_memory(

@@ -53,6 +53,10 @@ class Source:
         """Returns how many records will come, where that is known without reading them; else None."""
         return None
 
+    def captions(self) -> Iterator[str] | None:
+        """Returns the prompts of `records`, where they can be read without the pictures; else None."""
+        return None
+
     def files(self) -> list[Path]:
         """Returns the files that are read (none for data on a hub)."""
         return [Path(self.path)]

@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -124,6 +125,17 @@ class ParquetSource(Source):
             return None
         total = sum(_footer(path).num_rows for path in self.files())
         return total if self.limit is None else min(total, self.limit)
+
+    def captions(self) -> Iterator[str] | None:
+        """Returns the column of captions; None where it is not one a record, and where `size` is None."""
+        if self.size() is None:
+            return None
+        paths = self.files()
+        columns = [_plan(path, self.layouts)[0].caption for path in paths]
+        if None in columns:
+            return None
+        found = (_file_captions(path, str(column)) for path, column in zip(paths, columns, strict=True))
+        return islice(chain.from_iterable(found), self.limit)
 
     @functools.cached_property
     def commit(self) -> str:
@@ -254,6 +266,12 @@ def _file_rows(
     except (ArrowException, OSError) as error:
         reason = brief(error)
         raise UserError(f"{path} cannot be read from row {index} on ({reason}): download it again") from error
+
+
+def _file_captions(path: Path, column: str) -> Iterator[str]:
+    """Yields the captions of one parquet file as `record` has them: "" where there is none."""
+    for _, row in _file_rows(path, [column], None):
+        yield "" if row is None else row[column] or ""
 
 
 def _rows_of(batch: pyarrow.RecordBatch) -> list[Row | None]:

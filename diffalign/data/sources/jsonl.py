@@ -42,6 +42,10 @@ class Plugin(Source):
         """Returns how many records will come; it reads the file, not the pictures."""
         return sum(1 for _ in self.records())
 
+    def captions(self) -> Iterator[str]:
+        """Returns the prompts of `records`."""
+        return (record.prompt for record in self.records())
+
     def score_facts(self) -> dict[str, ScoreFacts]:
         """Returns scale and range of each scorer's numbers, as the manifest of `pair` or `check` has them."""
         found = read_manifest(self.file().parent)

@@ -109,6 +109,20 @@ def test_size_is_right_or_unknown(case):
     assert plugin(**options, limit=2).size() in (None, 2)
 
 
+def test_captions_are_those_of_the_records_or_unknown(case, tmp_path):
+    """With a limit, and with a subset too: what is counted over them bounds what is kept of the records."""
+    _, plugin, options, records = case
+    chosen = records[-1].prompt
+    (tmp_path / "captions.txt").write_text(f"{chosen}\n")
+    for more, wanted in (
+        ({}, records),
+        ({"limit": 2}, records[:2]),
+        ({"prompts": str(tmp_path / "captions.txt")}, [one for one in records if one.prompt == chosen]),
+    ):
+        found = plugin(**options, **more).captions()
+        assert found is None or list(found) == [record.prompt for record in wanted]
+
+
 def test_limit_and_the_subset_by_prompt(case, tmp_path):
     _, plugin, options, records = case
     assert list(plugin(**options, limit=2).records()) == records[:2]

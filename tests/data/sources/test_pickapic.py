@@ -124,6 +124,19 @@ def peak_of_reading(path: Path) -> int:
     return max(pa.total_allocated_bytes() - before for _ in Plugin(str(path)).records())
 
 
+def test_captions_are_read_without_the_pictures(tmp_path: Path) -> None:
+    """Of all shards, in order, as often as they stand there; not on a hub, and nothing is asked there."""
+    for number, captions in enumerate((["a", None, "a"], ["b"])):
+        path = write(tmp_path / f"train-{number:05d}-of-00002.parquet", [row(text) for text in captions])
+        for column in ("jpg_0", "jpg_1", "label_0"):
+            spoil(path, column)
+    assert list(Plugin(str(tmp_path)).captions() or ()) == ["a", "", "a", "b"]
+    assert list(Plugin(str(tmp_path), limit=2).captions() or ()) == ["a", ""]
+    (tmp_path / "some.txt").write_text("a\n")
+    assert Plugin(str(tmp_path), prompts=str(tmp_path / "some.txt")).captions() is None
+    assert Plugin("owner/pick", split="train").captions() is None
+
+
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     size = 64_000
     rows = [row(first=os.urandom(size), second=os.urandom(size)) for _ in range(256)]
