@@ -16,17 +16,14 @@ import json
 import resource
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import reporting
 import torch
+from memory import in_child, memory_gb, watched
 from torch import Tensor
 
 from diffalign.common import files
@@ -117,17 +114,11 @@ def as_markdown(figures: dict[str, Any]) -> str:
     return "\n".join([*lines, *reporting.bars(figures["bars"])])
 
 
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a process of its own, whose peak of memory is its own too."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def write_full_size(folder: str) -> None:
     """SDXL at true size with random weights, but for shortened text encoders."""
     import full_size
 
-    full_size.write(Path(folder), whole_encoders=False)
+    full_size.write("sdxl", Path(folder), whole_encoders=False)
 
 
 def loading(path: str, dtype: str) -> dict[str, float]:
@@ -148,32 +139,6 @@ def loading(path: str, dtype: str) -> dict[str, float]:
     for name in before:
         figures[f"{name}_over_network"] = (max(s[name] for s in seen) - before[name]) / network_gb
     return figures
-
-
-def memory_gb() -> dict[str, float]:
-    """GB of this process's own memory, and of its resident memory with mapped files."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    kilobytes = {"own": status["RssAnon"], "resident": status["VmRSS"]}
-    return {name: int(text.split()[0]) * 1024 / 1e9 for name, text in kilobytes.items()}
-
-
-@contextmanager
-def watched(every: float = 0.01) -> Iterator[list[dict[str, float]]]:
-    """What `memory_gb` says again and again inside the block."""
-    seen: list[dict[str, float]] = []
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(every):
-            seen.append(memory_gb())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        thread.join()
 
 
 def parse() -> argparse.Namespace:

@@ -1,84 +1,126 @@
-"""SDXL at its true size with random weights: nothing to download, every shape and cost as in the real
+"""Bases at their true size with random weights: nothing to download, every shape and cost as in the real
 thing.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from accelerate import init_empty_weights
+from full_size_bases import BASES, Base, Part
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from diffalign.models import _tiny
+from diffalign.common import files
+from diffalign.models import _tiny, _tiny_dit
+from diffalign.models._parts import quiet_libraries
 
-UNET = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-"""The published config of SDXL base 1.0: 2.57e9 parameters."""
-
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-}
-
-TEXT = ((768, 3072, 12, 12, 768), (1280, 5120, 32, 20, 1280))
-"""Width, feed-forward width, layers, heads and projection of the two encoders."""
+SHARD = 2_000_000_000
+"""Bytes of a weight file, and so of the memory that writing takes."""
+FILES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""How either library calls its weight files."""
 
 
-def write(folder: Path, *, seed: int = 0, whole_encoders: bool = True) -> None:
-    """Writes the pipeline in bf16 (5.1 GB of UNet, 1.6 GB of encoders) unless the folder already holds it."""
+def write(name: str, folder: Path, *, seed: int = 0, whole_encoders: bool = True) -> None:
+    """Writes a base in bf16, file by file, unless the folder already holds it.
+
+    Args:
+        name: one of `BASES`.
+        folder: where to.
+        seed: of the weights.
+        whole_encoders: False gives the text encoders two layers each: T5 then takes 1.6 GB, not 9.5.
+    """
     if (folder / "model_index.json").is_file():
         return
-    torch.manual_seed(seed)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        encoders = [_text_encoder(index, whole_encoders) for index in (0, 1)]
-        tokenizer = _tiny.tokenizer()
-        pipeline = StableDiffusionXLPipeline(
-            vae=AutoencoderKL(**VAE),
-            text_encoder=encoders[0],
-            text_encoder_2=encoders[1],
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer,
-            unet=UNet2DConditionModel(**UNET),
-            scheduler=EulerDiscreteScheduler(**_tiny.BETAS),
-        )
-    finally:
-        torch.set_default_dtype(default)
-    pipeline.save_pretrained(folder)
+    base = BASES[name]
+    generator = torch.Generator().manual_seed(seed)
+    for part, (library, class_name, config) in parts_of(base, whole_encoders=whole_encoders).items():
+        _write_weights(_empty(library, class_name, config), folder / part, FILES[library], generator)
+    write_configs(name, folder, whole_encoders=whole_encoders)
 
 
-def _text_encoder(index: int, whole: bool) -> torch.nn.Module:
-    width, inner, layers, heads, projection = TEXT[index]
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers if whole else 2,
-        num_attention_heads=heads,
-        projection_dim=projection,
-        bos_token_id=398,
-        eos_token_id=399,
-        pad_token_id=399,
+def write_configs(name: str, folder: Path, *, whole_encoders: bool = True) -> None:
+    """Writes all of a base but its weights: configurations, tokenizers, scheduler and the index."""
+    base = BASES[name]
+    index: dict[str, Any] = {"_class_name": base.pipeline, "_diffusers_version": diffusers.__version__}
+    for part, (library, class_name, config) in parts_of(base, whole_encoders=whole_encoders).items():
+        index[part] = [library, class_name]
+        if library == "diffusers":
+            files.write_json(folder / part / "config.json", {"_class_name": class_name, **config})
+        else:
+            _class(library, class_name).config_class(**config).save_pretrained(folder / part)
+    for part, (class_name, _) in base.encoders.items():
+        tokenizer = _tiny_dit.t5_tokenizer() if class_name.startswith("T5") else _tiny.tokenizer()
+        part = part.replace("text_encoder", "tokenizer")
+        tokenizer.save_pretrained(folder / part)
+        index[part] = ["transformers", type(tokenizer).__name__]
+    scheduler, settings = base.scheduler
+    _class("diffusers", scheduler)(**settings).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", scheduler]
+    files.write_json(folder / "model_index.json", index)  # last: with it the folder is whole
+
+
+def parts_of(base: Base, *, whole_encoders: bool) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Library, class and configuration of each part that has weights."""
+    encoders = {
+        part: encoder if whole_encoders else _short(encoder) for part, encoder in base.encoders.items()
+    }
+    return {
+        **{part: ("transformers", *encoder) for part, encoder in encoders.items()},
+        "vae": ("diffusers", "AutoencoderKL", base.vae),
+        base.network_part: ("diffusers", *base.network),
+    }
+
+
+def _short(encoder: Part) -> Part:
+    class_name, config = encoder
+    layers = "num_layers" if "num_layers" in config else "num_hidden_layers"
+    return class_name, config | {layers: 2}
+
+
+def _class(library: str, name: str) -> Any:
+    return getattr(importlib.import_module(library), name)
+
+
+def _empty(library: str, class_name: str, config: dict[str, Any]) -> nn.Module:
+    """The part without memory for weights."""
+    cls = _class(library, class_name)
+    with init_empty_weights():
+        module: nn.Module = cls(**config) if library == "diffusers" else cls(cls.config_class(**config))
+    with quiet_libraries():  # diffusers names the layers to keep in float32: none
+        return module.to(torch.bfloat16)
+
+
+def _write_weights(module: nn.Module, folder: Path, stem: str, generator: torch.Generator) -> None:
+    """Draws and writes the weights of a part, one file after another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = getattr(module, "_tied_weights_keys", None) or ()
+    state = {key: tensor for key, tensor in module.state_dict().items() if key not in tied}
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD
     )
-    return (CLIPTextModel, CLIPTextModelWithProjection)[index](config)
+    for file, keys in plan.filename_to_tensors.items():
+        tensors = {key: _drawn(key, state[key], generator) for key in keys}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        files.write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _drawn(key: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers in place of a tensor without memory, as large as torch's layers draw them.
+
+    Norms begin as the identity; a buffer, such as positions, has its numbers already.
+    """
+    if not tensor.is_meta:
+        return tensor.contiguous()
+    numbers = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if tensor.ndim < 2:
+        return numbers.fill_(0.0 if key.endswith("bias") else 1.0)
+    bound = tensor[0].numel() ** -0.5
+    return numbers.uniform_(-bound, bound, generator=generator)
