@@ -78,8 +78,8 @@ def _read_trainable(files: LoraFiles, path: str, network: Any) -> LoraFile:
     file = files.read(path, network)
     if not files.is_of_network(file):
         raise UserError(
-            f"adapter.init {path} also changes the text encoders: only {NOUNS[files.part]} adapters can be "
-            "trained on; merge it into the base first"
+            f"adapter {path} also changes the text encoders: only {NOUNS[files.part]} adapters can be "
+            "trained on or judged; merge it into the base first"
         )
     return file
 

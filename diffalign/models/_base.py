@@ -6,6 +6,7 @@ what they need: text encoders and VAE can leave memory before the network enters
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,9 @@ class Model(Protocol):
     latent_scale: int
     size_multiple: int
     default_resolution: int
+
+    text_masks: Mapping[str, str]
+    """Tensor of `encode_prompts` -> the mask `[B, n]` there; rows `[:, k]` that it hides (0) never matter."""
 
     @property
     def denoiser(self) -> Denoiser:
@@ -110,6 +114,11 @@ class Model(Protocol):
         """Prompt and negative conditioning for `generate(embedded=...)`, `len(prompts)` rows each."""
         ...
 
+    @property
+    def known_timesteps(self) -> list[int] | None:
+        """The few that a distilled base knows; None: all of the process."""
+        ...
+
     def check_timesteps(self, timesteps: TimestepSpec) -> None:
         """Refuses training timesteps that the base does not have or know."""
         ...
@@ -146,6 +155,10 @@ class Model(Protocol):
 
     def save_adapter(self, folder: str, trained: dict[str, Tensor] | None = None) -> None:
         """Writes what was trained, so that plain diffusers loads it; `trained` where the network is split."""
+        ...
+
+    def check_policy(self, path: str) -> None:
+        """Refuses, before anything large is loaded, what `load_policy` would refuse."""
         ...
 
     def load_policy(self, path: str) -> None:

@@ -10,7 +10,7 @@ from diffalign.common.progress import say
 from diffalign.diffusion.process import Process
 from diffalign.diffusion.specs import TimestepSpec
 
-_NAMES = re.compile("turbo|lightning|schnell|hyper|lcm", re.IGNORECASE)
+_NAMES = re.compile(r"turbo|lightning|schnell|hyper[-_ ]?(sd|flux)|(?<![a-z])lcm(?![a-z])", re.IGNORECASE)
 
 
 def check_timesteps(timesteps: TimestepSpec, steps: int, visited: list[int]) -> None:
@@ -24,14 +24,18 @@ def check_timesteps(timesteps: TimestepSpec, steps: int, visited: list[int]) -> 
     if timesteps.kind != "grid":
         grid = ",".join(map(str, visited))
         raise UserError(
-            f"the base is distilled to {steps} steps and knows the levels of those alone: use "
+            f"the base is distilled to {_count(steps)} and knows the levels of those alone: use "
             f"timesteps.kind=grid timesteps.grid=[{grid}], which are its own sampler's"
         )
     strange = sorted(set(timesteps.grid) - set(visited))
     say(
-        f"experimental: training a base that is distilled to {steps} steps"
+        f"experimental: training a base that is distilled to {_count(steps)}"
         + (f"; its sampler never visits timestep {', '.join(map(str, strange))}" if strange else "")
     )
+
+
+def _count(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps} steps"
 
 
 def hint(path: str) -> None:
@@ -53,9 +57,10 @@ def trailing(scheduler: Any) -> Any:
 
 
 def visited(scheduler: Any, process: Process) -> list[int]:
-    """The timesteps that a scheduler visits, once its `set_timesteps` was called; noise first."""
+    """The different timesteps that a scheduler visits, once its `set_timesteps` was called; noise first."""
     if process.prediction == "flow":
         levels = scheduler.sigmas[scheduler.sigmas > 0.0] * process.num_timesteps - 1.0
     else:
         levels = scheduler.timesteps
-    return [min(max(round(float(level)), 0), process.num_timesteps - 1) for level in levels]
+    rounded = [min(max(round(float(level)), 0), process.num_timesteps - 1) for level in levels]
+    return list(dict.fromkeys(rounded))  # of two evaluations a step both may be at one

@@ -134,8 +134,8 @@ class ExportableModel(Backbone):
     """The exporting half of a backbone; the other halves load, draw and train."""
 
     encoder_parts: tuple[str, ...]
-    outer_loaded_by: ClassVar[str] = "ComfyUI and diffusers load them"
-    """Of the layers outside the blocks, in the layout of kohya's scripts."""
+    kohya_module: ClassVar[str] = "networks.lora"
+    """What kohya's scripts train this family's LoRAs with."""
 
     @property
     def process(self) -> Process:
@@ -188,14 +188,34 @@ class ExportableModel(Backbone):
         """
         lora = read_lora(self.lora_files, path, self.parts.blueprint(self.network_part), weight=weight)
         if layout == "diffusers":
+            self._say_settings(lora)
             self.lora_files.write(_cast(lora.state, dtype), lora.config, folder, self.kept_notes(path))
             return
         state = self.kohya_state(lora)
+        self._say_kohya(lora)
+        metadata = {"format": "pt", "ss_network_module": self.kohya_module, **self.kept_notes(path)}
+        save_file(_cast(state, dtype), Path(folder) / KOHYA_FILE, metadata=metadata)
+
+    def _say_settings(self, lora: Lora) -> None:
+        """Says where the layout of diffusers acts in diffusers alone as it was trained."""
+        scaled = any(scale != 1.0 for scale in lora.scales.values())
+        if self.spec.adapter_layout == "diffusers" and (scaled or lora.config["use_dora"]):
+            what, form = ("DoRA", "merged") if lora.config["use_dora"] else ("alphas", "kohya")
+            say(
+                f"{self.lora_files.weights_file} acts as trained in diffusers alone: other programs, such as "
+                f"ComfyUI, leave its {what} aside; for them use format={form}"
+            )
+
+    def _say_kohya(self, lora: Lora) -> None:
+        """Says which of the layers other programs leave out without a word."""
+        loaded = self.spec.kohya_in_diffusers
+        if loaded == "none":
+            say(f"diffusers loads nothing of {KOHYA_FILE} of this family: for it use format=diffusers")
         outer = [layer for layer in lora.scales if "_block" not in layer]
         if outer:
-            say(f"kohya's own scripts leave out {', '.join(outer)}; {self.outer_loaded_by}")
-        metadata = {"format": "pt", "ss_network_module": "networks.lora", **self.kept_notes(path)}
-        save_file(_cast(state, dtype), Path(folder) / KOHYA_FILE, metadata=metadata)
+            who = "ComfyUI and diffusers load them" if loaded == "all" else "ComfyUI loads them"
+            who += ", diffusers does not" if loaded == "blocks" else ""
+            say(f"kohya's own scripts leave out {', '.join(outer)}; {who}")
 
     def export_pipeline(
         self,

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.common.errors import UserError, brief
+from diffalign.models._parts import looks_local
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 NOUNS = {"unet": "UNet", "transformer": "transformer"}
@@ -29,7 +31,7 @@ class LoraFile:
     """
 
     state: dict[str, Tensor]
-    alphas: dict[str, Any] | None
+    alphas: dict[str, float] | None
     metadata: dict[str, Any] | None
 
 
@@ -81,10 +83,11 @@ class LoraFiles:
         """The adapter at `path`, in any layout that diffusers reads; it fits `network`.
 
         Raises:
-            UserError: nothing there, not an adapter, or layers that the network lacks or has in another size.
+            UserError: nothing there, not an adapter, one of another family or layout, or layers that the
+                network lacks or has in another size.
         """
         local = Path(path)
-        if not local.exists() and (local.is_absolute() or path.startswith(".") or path.count("/") != 1):
+        if not path or (not local.exists() and looks_local(path)):
             raise UserError(f"adapter {path} does not exist: give a folder, a .safetensors file or a hub id")
         part = self.part
         if (local / "adapter").is_dir():
@@ -96,19 +99,49 @@ class LoraFiles:
         try:
             file = self._read(path, network)
         except Exception as error:  # converting a foreign layout, or asking the hub, fails in many ways
-            raise UserError(f"cannot read the adapter {path}: {brief(error)}") from error
-        if not file.state or not all("lora" in key for key in file.state):
+            raise UserError(
+                f"cannot read the adapter {path}: {brief(error).rstrip('.')}; give one that {self.writers} "
+                "wrote for this base"
+            ) from error
+        strange = [key for key in file.state if "lora" not in key]
+        if len(strange) == len(file.state):
             raise UserError(f"{path} holds no LoRA weights: give an adapter that {self.writers} wrote")
+        if strange:
+            raise UserError(
+                f"{path} holds {strange[0]} beside its LoRA weights, which cannot be read: give an adapter "
+                f"that {self.writers} wrote"
+            )
+        self._check_places(file, path)
         _check_fits(self.network_state(file), network, path)
         return file
 
     def _read(self, path: str, network: Any) -> LoraFile:
+        state, metadata = _fetched(path)
+        if any("dora_scale" in key for key in state):  # diffusers (0.42) would leave the magnitudes out
+            raise UserError("it is a DoRA in the layout of kohya, which nothing here can read")
+        state, alphas = self._in_diffusers(state, network)
+        return LoraFile(state, self._alphas_by_layer(alphas) if alphas else None, metadata)
+
+    def _in_diffusers(
+        self, state: dict[str, Tensor], network: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """The tensors of a file by diffusers' names, and the alphas that it has beside them."""
         # One call for every pipeline: those that know no such option leave it aside.
         found = self.pipeline_class.lora_state_dict(
-            path, unet_config=network.config, return_lora_metadata=True, return_alphas=True
+            state, unet_config=network.config, return_lora_metadata=True, return_alphas=True
         )
-        alphas = found[1] if len(found) == 3 else None
-        return LoraFile(found[0], alphas and self._alphas_by_layer(alphas), found[-1])
+        return found[0], found[1] if len(found) == 3 else None
+
+    def _check_places(self, file: LoraFile, path: str) -> None:
+        """Refuses tensors of parts that the pipeline adapts not; diffusers would leave them out."""
+        parts = getattr(self.pipeline_class, "_lora_loadable_modules", (self.part,))
+        for key in file.state:
+            if key.partition(".")[0] not in parts:
+                raise UserError(
+                    f"adapter {path} is of another family, or of a layout that cannot be read: "
+                    f"{self.pipeline_class.__name__} has no place for its {key}; give one that "
+                    f"{self.writers} wrote for this base"
+                )
 
     def place(self, network: Any, name: str, file: LoraFile, path: str) -> None:
         """Adds to `network`, as `name`, what `read` has read from `path`.
@@ -143,19 +176,45 @@ class LoraFiles:
         converted: dict[str, Any] = convert_unet_state_dict_to_peft(inside)
         return converted
 
-    def _alphas_by_layer(self, alphas: dict[str, Any]) -> dict[str, Any]:
-        """Kohya's alphas under the names of their layers.
+    def _alphas_by_layer(self, alphas: dict[str, Any]) -> dict[str, float]:
+        """The alphas of a file without settings, under the names of their layers.
 
         diffusers (0.42) names those of attention layers by their tensors; where alphas differ from layer to
-        layer peft (0.21) then ignores them, with a warning.
+        layer peft (0.21) then ignores them, with a warning. Without `^` it takes that of FLUX's `proj_out`
+        for every layer whose name ends so. And settings that hold tensors, as FLUX's alphas do, cannot be
+        written.
         """
         named = {}
         for key, alpha in alphas.items():
-            name = key.removesuffix(".alpha")
-            for layer in self._peft_names({name: alpha}):
-                name = f"{self.part}.{layer.partition('.lora_')[0]}"
-            named[f"{name}.alpha"] = alpha
+            for layer in self._peft_names({key.removesuffix(".alpha"): alpha}):  # none of a text encoder
+                named[f"{self.part}.^{layer.partition('.lora_')[0]}.alpha"] = float(alpha)
         return named
+
+
+def _fetched(path: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a file, or of one in a folder or on the hub, and peft's settings where it has them.
+
+    Raises:
+        UserError: several files in the folder, of which diffusers (0.42) would take any.
+    """
+    names = sorted(file.name for file in Path(path).glob("*.safetensors"))
+    if len(names) > 1 and WEIGHTS_FILE not in names:
+        raise UserError(f"it holds several files ({', '.join(names)})")
+    found: tuple[dict[str, Tensor], dict[str, Any] | None] = _fetch_state_dict(
+        path,
+        weight_name=None,
+        use_safetensors=True,
+        local_files_only=None,
+        cache_dir=None,
+        force_download=None,
+        proxies=None,
+        token=None,
+        revision=None,
+        subfolder=None,
+        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+        allow_pickle=not path.endswith(".safetensors"),
+    )
+    return found
 
 
 def notes_of(path: str | Path) -> dict[str, str]:
@@ -193,7 +252,7 @@ def _ranks(named: dict[str, Tensor]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for key, value in named.items():
         for marker, axis in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
-            if key.endswith(marker):
+            if key.endswith(marker) and value.ndim > 1:
                 found.setdefault(key.removesuffix(marker), []).append(value.shape[axis])
     return found
 

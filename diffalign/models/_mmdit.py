@@ -1,22 +1,26 @@
-"""LoRAs of SD3 and FLUX.1 transformers by the original names, which other programs know the layers by.
+"""LoRAs of SD3 and FLUX.1 transformers by the original names, written and read.
 
 Source of the names: the published SD3, SD3.5 and FLUX.1 files, as `diffusers.loaders.single_file_utils`
 (0.42) reads them. kohya's sd-scripts (48d368f) write `lora_unet_` in front of them and `_` for each dot;
-ComfyUI (17358c8) reads that.
+ComfyUI (17358c8) reads that, diffusers of SD3 nothing and of FLUX.1 the blocks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.common.errors import UserError
+from diffalign.models._lora_files import LoraFiles
 
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
+_PREFIX = "lora_unet_"
+_NEEDED = {"lora_down.weight", "lora_up.weight"}
 _Layers = Mapping[str, tuple[str, ...]]
 """Original layer -> the layers of diffusers whose rows it holds, from above."""
 
@@ -136,6 +140,98 @@ def flux_kohya(state: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict
     return _kohya(state, scales, _FLUX)
 
 
+class KohyaFiles(LoraFiles):
+    """Reads also what kohya's scripts write of a transformer.
+
+    Args:
+        pipeline_class: the diffusers pipeline.
+        part: the network's name in it.
+        from_kohya: `sd3_from_kohya` or `flux_from_kohya`.
+    """
+
+    def __init__(
+        self, pipeline_class: Any, part: str, from_kohya: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    ) -> None:
+        super().__init__(pipeline_class, part)
+        self.from_kohya = from_kohya
+
+    def _in_diffusers(
+        self, state: dict[str, Tensor], network: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        if not all(key.startswith(_PREFIX) for key in state):  # those of text encoders are left to diffusers
+            return super()._in_diffusers(state, network)
+        return {f"{self.part}.{key}": tensor for key, tensor in self.from_kohya(state).items()}, None
+
+
+def sd3_from_kohya(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors of kohya's tensors of an SD3 or SD3.5 LoRA by peft's names; the way back from `sd3_kohya`.
+
+    A joint layer becomes one LoRA for each of its parts, of the ranks that act on it; those that nothing acts
+    on get none. Scales are folded into `lora_B`, in float32 where they are not 1.
+
+    Raises:
+        UserError: the original layout has no such layer, or there is more than factors and alphas.
+    """
+    return _from_kohya(state, _SD3)
+
+
+def flux_from_kohya(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors of kohya's tensors of a FLUX.1 LoRA by peft's names; the rest as in `sd3_from_kohya`."""
+    return _from_kohya(state, _FLUX)
+
+
+def _from_kohya(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        name, _, leaf = key.partition(".")
+        found.setdefault(name, {})[leaf] = tensor
+    factors: dict[str, Tensor] = {}
+    for name, leaves in found.items():
+        if not _NEEDED <= leaves.keys() <= _NEEDED | {"alpha"}:
+            raise UserError(f"{name} has {', '.join(sorted(leaves))}, which is no LoRA of kohya's")
+        prefix, parts = _parts_of(name, layout)
+        down, up = leaves["lora_down.weight"], leaves["lora_up.weight"]
+        scale = float(leaves.get("alpha", down.shape[0])) / down.shape[0]
+        up = up if scale == 1.0 else up.float() * scale
+        for part, pair in _taken_apart(down, up, parts).items():
+            factors |= {f"{prefix}{part}{factor}": one for factor, one in zip(_FACTORS, pair, strict=True)}
+    return factors
+
+
+def _parts_of(name: str, layout: _Layout) -> tuple[str, tuple[str, ...]]:
+    """What stands in front of the names of its parts, and the parts of the layer that kohya calls `name`."""
+    layers, prefix, inner = layout.outer, "", name.removeprefix(_PREFIX)
+    for blocks, (original, of_block) in layout.blocks.items():
+        found = re.fullmatch(rf"{original}_(\d+)_(.+)", inner)
+        if found:
+            layers, prefix, inner = of_block, f"{blocks}.{found[1]}.", found[2]
+            break
+    for original, parts in layers.items():
+        if original.replace(".", "_") == inner:
+            return prefix, parts
+    raise UserError(f"the original layout of this family has no layer {name}")
+
+
+def _taken_apart(down: Tensor, up: Tensor, parts: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(down, up) of each part of a layer; none of those whose rows are zeros, while others are not."""
+    if len(parts) == 1:
+        swapped = _has_halves_swapped(parts[0], down, up)
+        return {parts[0]: (down, torch.cat(up.chunk(2)[::-1]) if swapped else up)}
+    heights = [_height_of(part) for part in parts]
+    unit = up.shape[0] // sum(heights)
+    pairs = {}
+    for part, rows in zip(parts, up.split([unit * height for height in heights]), strict=True):
+        acting = rows.any(dim=0) | ~up.any()  # a fresh LoRA acts nowhere yet
+        if acting.any():
+            pairs[part] = (down[acting], rows[:, acting])
+    return pairs
+
+
+def _height_of(part: str) -> int:
+    """Rows of a part of a joint layer, for one row of the others."""
+    return _FLUX_MLP_RATIO if part == "proj_mlp" else 1
+
+
 def _kohya(state: Mapping[str, Tensor], scales: Mapping[str, float], layout: _Layout) -> dict[str, Tensor]:
     taken = {f"{layer}{factor}" for layer in scales for factor in _FACTORS}
     other = [key for key in state if key not in taken]
@@ -152,7 +248,7 @@ def _kohya(state: Mapping[str, Tensor], scales: Mapping[str, float], layout: _La
     named = {}
     for (original, parts), known in factors.items():
         down, up = _joined(known, parts)
-        name = f"lora_unet_{original.replace('.', '_')}"
+        name = f"{_PREFIX}{original.replace('.', '_')}"
         named[f"{name}.lora_down.weight"] = down
         named[f"{name}.lora_up.weight"] = up
         named[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
@@ -188,9 +284,10 @@ def _joined(factors: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, ...]
     """One (down, up) of a layer's parts; those without factors get rows of zeros."""
     if len(parts) == 1:
         return factors[parts[0]]
-    heights = {part: _FLUX_MLP_RATIO if part == "proj_mlp" else 1 for part in parts}
     known, (_, up) = next(iter(factors.items()))
-    height = up.shape[0] // heights[known]
+    height = up.shape[0] // _height_of(known)
     present = [factors[part] for part in parts if part in factors]
-    ups = [factors[part][1] if part in factors else up.new_zeros(height * heights[part], 0) for part in parts]
+    ups = [
+        factors[part][1] if part in factors else up.new_zeros(height * _height_of(part), 0) for part in parts
+    ]
     return torch.cat([down for down, _ in present]), torch.block_diag(*ups)

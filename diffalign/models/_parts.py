@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,9 +116,24 @@ class Parts:
         source = self.source(name) if path is None else Source(path, name)
         cls = self._diffusers_class(name)
         try:
-            return dict(cls.load_config(source.path, subfolder=source.subfolder, revision=source.revision))
+            config = dict(cls.load_config(source.path, subfolder=source.subfolder, revision=source.revision))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the {name} config of {source.path}: {brief(error)}") from error
+        wanted, found = self.index[name][1], config.get("_class_name", "part of no class")
+        if name == "vae" and found != wanted:
+            raise UserError(f"the vae of {source.path} is a {found}, {wanted} is wanted: give another VAE")
+        return config
+
+    def config_beside_encoders(self, name: str) -> dict[str, Any]:
+        """The configuration of the pipeline's own part, which its text encoders were made for.
+
+        Of a pipeline that has the user's own in its place and none itself, that of the user's.
+        """
+        if name in self.spec.own_parts:
+            cls = self._diffusers_class(name)
+            with suppress(OSError, ValueError):
+                return dict(cls.load_config(self._home, subfolder=name, revision=self._revision))
+        return self.config(name)
 
     def blueprint(self, name: str) -> Any:
         """A diffusers part with every layer in place and no memory for weights."""

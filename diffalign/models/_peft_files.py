@@ -35,11 +35,11 @@ class PeftFiles(LoraFiles):
         folder = path
         if Path(path).is_file():
             if Path(path).name != SAFETENSORS_WEIGHTS_NAME:
-                raise UserError(f"it is no {SAFETENSORS_WEIGHTS_NAME}; give the folder of an adapter")
+                raise UserError(f"it is no {SAFETENSORS_WEIGHTS_NAME}")
             folder = str(Path(path).parent)
         config = PeftConfig.from_pretrained(folder)
         if not isinstance(config, LoraConfig):
-            raise UserError(f"its {CONFIG_NAME} is of {type(config).__name__}; give a LoRA")
+            raise UserError(f"its {CONFIG_NAME} is of {type(config).__name__}, no LoRA")
         part = f"{self.part}."
         tensors = load_peft_weights(folder, device="cpu")
         return LoraFile(

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffalign.common import draws
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError, brief
 from diffalign.common.manifest import recipe_identity
 from diffalign.common.progress import say
-from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy, without_requires_grad
+from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy
 from diffalign.diffusion.process import Process
-from diffalign.diffusion.specs import TimestepSpec
-from diffalign.models import _adapters, _distilled
-from diffalign.models._base import REFERENCE, NonFinitePicture, torch_dtype
+from diffalign.models import _adapters
+from diffalign.models._base import REFERENCE
+from diffalign.models._drawing import DrawingModel
 from diffalign.models._export import ExportableModel
 from diffalign.models._lora_files import LoraFiles
 from diffalign.models._parts import Parts, quiet_libraries
 from diffalign.models._peft_files import PeftFiles
-from diffalign.models._samplers import check_scheduler, sampler, timestep_arguments
-from diffalign.models._spec import ModelSpec
+from diffalign.models._spec import AdapterSpec, ModelSpec
 from diffalign.models._trainable import TrainableModel
 
 
-class PipelineModel(TrainableModel, ExportableModel):
+class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
     """A backbone; subclasses name the encoders, read the geometry and bring the conditioning to the network.
 
     Args:
@@ -36,19 +35,13 @@ class PipelineModel(TrainableModel, ExportableModel):
         device: where they go.
 
     Attributes:
-        latent_channels: of the VAE.
-        latent_scale: pixels a side of a latent.
-        size_multiple: pixels that both sides of a picture are a multiple of.
-        default_resolution: pixels a side that the base was made for.
         patch: latents a side of one of the network's tokens; None: it has none.
+        text_masks: tensors of the conditioning -> the masks whose hidden rows never matter to the network.
     """
 
     encoder_parts: tuple[str, ...]
-    latent_channels: int
-    latent_scale: int
-    size_multiple: int
-    default_resolution: int
     patch: int | None = None
+    text_masks: Mapping[str, str] = {}
 
     def __init__(self, spec: ModelSpec, device: str = "cpu") -> None:
         self.spec, self.device = spec, torch.device(device)
@@ -56,9 +49,10 @@ class PipelineModel(TrainableModel, ExportableModel):
         vae, network = self.parts.config("vae"), self.parts.config(self.network_part)
         self.latent_channels = vae["latent_channels"]
         self.latent_scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.read_geometry(network)
         self._base_config = network
+        self._encoders_config = self.parts.config_beside_encoders(self.network_part)
         self.check_network(network, self.parts.source(self.network_part).path)
+        self.read_geometry(network)
         self._denoiser: Denoiser | None = None
         self._adapter_weights: dict[str, float] = {}
         self._adapts_encoders = False
@@ -95,7 +89,7 @@ class PipelineModel(TrainableModel, ExportableModel):
 
     @property
     def process(self) -> Process:
-        """The forward process of the base's scheduler."""
+        """The forward process of the base's scheduler, whose shift may go with the number of patches."""
         return Process.from_scheduler(self.parts["scheduler"], patch=self.patch)
 
     @property
@@ -188,7 +182,7 @@ class PipelineModel(TrainableModel, ExportableModel):
         """Frees the text encoders and the VAE; they load again when next used."""
         self.parts.drop(*self.encoder_parts, "vae")
 
-    # Sampling
+    # Prompts and pictures of the pipeline
 
     def pipeline(self, *names: str) -> Any:
         """A diffusers pipeline that holds the parts `names` and the scheduler; the other parts are None."""
@@ -205,124 +199,6 @@ class PipelineModel(TrainableModel, ExportableModel):
         """Further arguments of the pipeline's class."""
         return {}
 
-    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Any]:
-        """One PIL image per (prompt, seed), drawn as one batch; arguments as in `sample`.
-
-        Raises:
-            NonFinitePicture: the network or the VAE gives NaN or infinity for one of them.
-        """
-        return self.pictures(self.sample(prompts, seeds, **options), prompts, seeds)
-
-    def pictures(self, latents: Tensor, prompts: list[str], seeds: list[int]) -> list[Any]:
-        """The PIL images of latents that `sample` gave for (prompt, seed)."""
-        images = self.decode(latents)
-        _refuse_non_finite(latents, images, prompts, seeds)
-        processor = self.pipeline("vae").image_processor
-        return list(processor.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy()))
-
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        negative_prompt: str | None = None,
-        guidance_scale: float | None = None,
-        num_inference_steps: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        scheduler: str | None = None,
-        embedded: tuple[Conditioning, Conditioning] | None = None,
-    ) -> Tensor:
-        """Scaled latents `[B, c, h, w]`, sampled by the diffusers pipeline as one batch.
-
-        The initial noise depends on (prompt, seed) alone and is bit-equal everywhere.
-
-        Args:
-            prompts: `B` prompts.
-            seeds: `B` seeds.
-            negative_prompt: one for all; None: the branch that prompt dropout trains.
-            guidance_scale: None: the pipeline's default, of a distilled base none; 1 or less: no guidance.
-            num_inference_steps: None: the pipeline's default, or what the base was distilled to.
-            height: pixels, a multiple of `size_multiple`; None: the base's resolution.
-            width: likewise.
-            scheduler: class name of a diffusers scheduler; None: the base's own.
-            embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already
-                gone.
-        """
-        height, width = height or self.default_resolution, width or self.default_resolution
-        if height % self.size_multiple or width % self.size_multiple:
-            raise UserError(f"height={height}, width={width}: both must be multiples of {self.size_multiple}")
-        cond, negative = embedded or self.embed_for_generation(prompts, negative_prompt)
-        shape = (self.latent_channels, height // self.latent_scale, width // self.latent_scale)
-        noise = torch.stack(
-            [draws.normal(shape, "initial", *key) for key in zip(prompts, seeds, strict=True)]
-        )
-        pipeline = self.pipeline(self.network_part)
-        if scheduler is not None:
-            pipeline.scheduler = sampler(scheduler, pipeline.scheduler, self.timestep_arguments)
-        settings = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-        if self.distilled_steps is not None:
-            pipeline.scheduler = _distilled.trailing(pipeline.scheduler)
-            usual = {"guidance_scale": 0.0, "num_inference_steps": self.distilled_steps}
-            settings = {key: usual[key] if value is None else value for key, value in settings.items()}
-        with without_requires_grad(self.network):
-            latents = pipeline(
-                latents=self.to_pipeline(noise.to(self.device, torch_dtype(self.spec.dtype))),
-                height=height,
-                width=width,
-                generator=[draws.generator("sampler", *key) for key in zip(prompts, seeds, strict=True)],
-                output_type="latent",
-                **self.sampling_options(),
-                **self._embedding_arguments(cond, negative),
-                **{key: value for key, value in settings.items() if value is not None},
-            ).images
-        return self.from_pipeline(latents, height, width)
-
-    def sampling_options(self) -> dict[str, Any]:
-        """Further arguments of the pipeline's call."""
-        return {}
-
-    def to_pipeline(self, latents: Tensor) -> Tensor:
-        """Latents `[B, c, h, w]` as the pipeline takes them."""
-        return latents
-
-    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents `[B, c, h, w]` of what the pipeline gives for a picture of that many pixels."""
-        return latents
-
-    @property
-    def distilled_steps(self) -> int | None:
-        """The number of steps that the base was distilled to; None: it was not, or nothing says so."""
-        return self.spec.distilled_steps
-
-    def check_timesteps(self, timesteps: TimestepSpec) -> None:
-        """Refuses training timesteps that the base does not have, or, distilled, does not know.
-
-        Raises:
-            UserError: from `TimestepSpec.check`, or no explicit grid where the base was distilled.
-        """
-        timesteps.check(self.process)
-        steps = self.distilled_steps
-        if steps is None:
-            _distilled.hint(self.spec.path)
-            return
-        scheduler = _distilled.trailing(self.parts["scheduler"])
-        arguments, shift = self.timestep_arguments(scheduler, steps), self.process.sampler_shift
-        if "mu" in arguments and shift is not None:
-            side = self.default_resolution // self.latent_scale
-            arguments["mu"] = shift.mu((side, side))
-        scheduler.set_timesteps(**arguments)
-        _distilled.check_timesteps(timesteps, steps, _distilled.visited(scheduler, self.process))
-
-    def check_scheduler(self, name: str, num_inference_steps: int | None) -> None:
-        """Refuses a diffusers scheduler that does not exist or cannot sample this base."""
-        check_scheduler(name, self.parts["scheduler"], num_inference_steps, self.timestep_arguments)
-
-    def timestep_arguments(self, scheduler: Any, steps: int) -> dict[str, Any]:
-        """What the pipeline hands to `set_timesteps` of a scheduler; for trying it out."""
-        return timestep_arguments(scheduler, steps)
-
     def embed_for_generation(
         self, prompts: list[str], negative_prompt: str | None = None
     ) -> tuple[Conditioning, Conditioning]:
@@ -330,8 +206,12 @@ class PipelineModel(TrainableModel, ExportableModel):
         with quiet_libraries():
             return self._embed(prompts, negative_prompt)
 
-    def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-        raise NotImplementedError
+    def check_policy(self, path: str) -> None:
+        """Refuses what `load_policy` would, without loading the network."""
+        if (Path(path) / self.network_part).is_dir():
+            self.check_network(self.parts.config(self.network_part, path), path)
+        else:
+            _adapters.check(self.parts.blueprint(self.network_part), self.lora_files, AdapterSpec(init=path))
 
     def load_policy(self, path: str) -> None:
         """Makes what a run saved at `path` (a LoRA, or a whole network) the policy "train".
@@ -365,7 +245,14 @@ class PipelineModel(TrainableModel, ExportableModel):
                 self.lora_files.place(self.network, name, file, path)
             else:
                 self._adapts_encoders = True
-                self.pipeline(*everything).load_lora_weights(path, adapter_name=name)
+                try:
+                    with quiet_libraries():
+                        self.pipeline(*everything).load_lora_weights(path, adapter_name=name)
+                except Exception as error:  # peft and torch find many things wrong, in types of many kinds
+                    raise UserError(
+                        f"cannot use the adapter {path}, which also changes the text encoders: "
+                        f"{brief(error)}; use the base it was trained on"
+                    ) from error
         self._adapter_weights[name] = weight
         adapted = self.pipeline(*everything) if self._adapts_encoders else self.network
         adapted.set_adapters(list(self._adapter_weights), list(self._adapter_weights.values()))
@@ -392,20 +279,6 @@ class PipelineModel(TrainableModel, ExportableModel):
                 "process": {"prediction": process.prediction, "alphas": process.alphas},
             }
         )
-
-
-def _refuse_non_finite(latents: Tensor, images: Tensor, prompts: list[str], seeds: list[int]) -> None:
-    """Refuses what would be written as a plain black picture and scored as a real one."""
-    for prompt, seed, latent, image in zip(prompts, seeds, latents, images, strict=True):
-        if not bool(latent.isfinite().all()):
-            cause = "the network diverges: use an adapter of an earlier step, or model.dtype=bf16 or fp32"
-        elif not bool(image.isfinite().all()):
-            cause = (
-                "the VAE overflows: use model.vae_dtype=fp32, or one fixed for half precision (model.vae=...)"
-            )
-        else:
-            continue
-        raise NonFinitePicture(f"the picture of {prompt!r} with seed {seed} is not finite; {cause}")
 
 
 def _shift_and_scale(vae: Any) -> tuple[float, float]:

@@ -20,6 +20,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Our names of torch dtypes; text, so that reading a recipe does not import torch."""
 Dtype = Literal["fp32", "bf16", "fp16"]
 
+MOST_DISTILLED_STEPS = 50
+"""What the samplers of undistilled bases take by default; published few-step bases take 1 to 16."""
+
 
 @dataclass
 class ModelSpec:
@@ -41,7 +44,8 @@ class ModelSpec:
         attention: "sdpa" of torch, or "xformers" where it is installed.
         distilled_steps: of a base that was distilled to a few steps (FLUX.1-schnell 4, SDXL-Turbo 1,
             SDXL-Lightning 2 to 8, SD3.5 Large Turbo 4) their number. It then draws in so many, without
-            guidance, and training it, which is experimental, needs timesteps.kind=grid.
+            classifier-free guidance, is judged at the timesteps that they visit, and training it, which is
+            experimental, needs timesteps.kind=grid.
     """
 
     path: str
@@ -69,6 +73,8 @@ class ModelSpec:
     """What `adapter.targets=null` stands for."""
     adapter_layout: ClassVar[Literal["diffusers", "peft"]] = "diffusers"
     """Who loads its adapters: the pipeline of diffusers, or peft, where that pipeline loads none."""
+    kohya_in_diffusers: ClassVar[Literal["all", "blocks", "none"]] = "all"
+    """Which layers of a LoRA in the layout of kohya's scripts diffusers (0.42) loads."""
 
     def __post_init__(self) -> None:
         for key, value, known in (
@@ -78,8 +84,11 @@ class ModelSpec:
         ):
             if value not in known:
                 raise unknown(f"model.{key}", value, known)
-        if self.distilled_steps is not None and self.distilled_steps < 1:
-            raise UserError(f"model.distilled_steps is {self.distilled_steps}: use 1 or more")
+        if self.distilled_steps is not None and not 1 <= self.distilled_steps <= MOST_DISTILLED_STEPS:
+            raise UserError(
+                f"model.distilled_steps is {self.distilled_steps}: use 1 to {MOST_DISTILLED_STEPS}; leave it "
+                "out of a base that draws in more"
+            )
 
     @property
     def own_network(self) -> str | None:
@@ -97,6 +106,15 @@ class ModelSpec:
         """The same weights but for the whole network, which is at `path`."""
         changes: dict[str, Any] = {self.network_part: path}
         return replace(self, **changes)
+
+    def check_class(self, config: dict[str, Any], path: str) -> None:
+        """Refuses the configuration of a network, from `path`, of another class than this family's."""
+        found = config.get("_class_name", "part of no class")
+        if found != self.network_class:
+            raise UserError(
+                f"the {self.network_part} of {path} is a {found}, {self.network_class} is wanted: use the "
+                "model name that fits"
+            )
 
     def part_class(self, name: str) -> Any:
         """The class that the part `name` is loaded as; None: the one that the pipeline names."""

@@ -91,6 +91,8 @@ class TrainableModel(Backbone):
             UserError: the network has no blocks that diffusers knows to repeat.
         """
         for network in (self.network, *self._frozen_copies()):
+            # Of SD3's diffusers (0.42) only says which blocks stay in one piece: the repeated ones.
+            network._repeated_blocks = network._repeated_blocks or network._no_split_modules
             try:
                 network.compile_repeated_blocks(
                     recompile_limit=MAX_GRAPHS, options={"emulate_precision_casts": True}

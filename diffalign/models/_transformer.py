@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from diffalign.common.errors import UserError
-from diffalign.diffusion.process import Process
 from diffalign.models._pipeline import PipelineModel
 
 
@@ -17,11 +16,6 @@ class TransformerModel(PipelineModel):
         self.patch = self.patch_size(network_config)
         self.size_multiple = self.latent_scale * self.patch
         self.default_resolution = self.base_resolution(network_config)
-
-    @property
-    def process(self) -> Process:
-        """The forward process of the base's scheduler, whose shift may go with the number of patches."""
-        return Process.from_scheduler(self.parts["scheduler"], patch=self.patch_size(self._base_config))
 
     def patch_size(self, network_config: dict[str, Any]) -> int:
         """Latents a side of a patch."""
@@ -35,21 +29,17 @@ class TransformerModel(PipelineModel):
 
     def check_network(self, config: dict[str, Any], path: str) -> None:
         """Refuses a transformer of another family, of other channels or text embeddings than the base's."""
-        if config["_class_name"] != self.spec.network_class:
-            raise UserError(
-                f"the transformer of {path} is a {config['_class_name']}, {self.spec.network_class} is "
-                "wanted: use the model name that fits"
-            )
+        self.spec.check_class(config, path)
         if self.latent_inputs(config) != self.latent_channels:
             raise UserError(
                 f"the transformer of {path} takes {self.latent_inputs(config)} channels, its VAE gives "
                 f"{self.latent_channels}: use a text-to-image base"
             )
         for key in self.text_widths:
-            if config[key] != self._base_config[key]:
+            if config[key] != self._encoders_config.get(key):
                 raise UserError(
                     f"the transformer of {path} takes text embeddings of width {config[key]}, the base's are "
-                    f"of width {self._base_config[key]}: use the base that it was trained from"
+                    f"of width {self._encoders_config.get(key)}: use the base that it was trained from"
                 )
 
     text_widths: tuple[str, ...] = ()

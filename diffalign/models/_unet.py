@@ -21,21 +21,22 @@ class UNetModel(PipelineModel):
         side = size if isinstance(size, int) else max(size)
         self.size_multiple = self.latent_scale * 2 ** (len(network_config["block_out_channels"]) - 1)
         self.default_resolution = side * self.latent_scale
-        self._text_width: Any = network_config["cross_attention_dim"]
 
     def check_network(self, config: dict[str, Any], path: str) -> None:
         """Refuses a UNet of another family, or of other channels or text embeddings than the base's."""
+        self.spec.check_class(config, path)
         self.check_family(config, path)
         channels, width = config["in_channels"], config["cross_attention_dim"]
+        base_width = self._encoders_config.get("cross_attention_dim")
         if channels != self.latent_channels:
             raise UserError(
                 f"the UNet of {path} takes {channels} channels, its VAE gives {self.latent_channels}: "
                 "inpainting and depth bases cannot be aligned here, use a text-to-image base"
             )
-        if width != self._text_width:
+        if width != base_width:
             raise UserError(
                 f"the UNet of {path} takes text embeddings of width {width}, the base's are of width "
-                f"{self._text_width}: use the base that it was trained from"
+                f"{base_width}: use the base that it was trained from"
             )
 
     def check_family(self, unet_config: dict[str, Any], path: str) -> None:

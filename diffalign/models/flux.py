@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from diffalign.common.errors import UserError
 from diffalign.common.progress import say
 from diffalign.models._base import Model
 from diffalign.models._export import Lora, check_kohya
-from diffalign.models._lora_files import notes_of
-from diffalign.models._mmdit import flux_kohya
+from diffalign.models._lora_files import LoraFiles, notes_of
+from diffalign.models._mmdit import KohyaFiles, flux_from_kohya, flux_kohya
 from diffalign.models._parts import quiet_libraries
 from diffalign.models._spec import JOINT_ATTENTION, AdapterSpec, TransformerSpec
 from diffalign.models._transformer import TransformerModel
@@ -56,6 +56,7 @@ class Plugin(TransformerSpec):
     default_config: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
     network_class: ClassVar[str] = "FluxTransformer2DModel"
     attention_layers: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
+    kohya_in_diffusers: ClassVar[Literal["all", "blocks", "none"]] = "blocks"
     file_may_lack: ClassVar[dict[str, tuple[str, ...]]] = {
         "vae": ("first_stage_model.", "vae."),
         "text_encoder": ("text_encoders.clip_l.",),
@@ -94,8 +95,9 @@ class Flux(TransformerModel):
     """
 
     encoder_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    outer_loaded_by = "ComfyUI loads them, diffusers does not"
     text_widths = ("joint_attention_dim", "pooled_projection_dim")
+    no_guidance = None
+    kohya_module = "networks.lora_flux"
     spec: Plugin
 
     def __init__(self, spec: Plugin, device: str = "cpu") -> None:
@@ -293,6 +295,12 @@ class Flux(TransformerModel):
             self._note_guidance(adapter.init)
             self._say_other_guidance(self.train_guidance, "it is trained on")
 
+    def start_training(self, adapter: AdapterSpec, **options: Any) -> None:
+        """As every backbone's; what it draws from now on may be drawn under another guidance than that."""
+        super().start_training(adapter, **options)
+        if self.train_guidance is not None:
+            self._trained_under["the policy"] = self.train_guidance
+
     def training_notes(self) -> dict[str, str]:
         """The guidance of the training, which the file of an adapter carries in its metadata."""
         return {} if self.train_guidance is None else {TRAINED_UNDER: str(self.train_guidance)}
@@ -300,6 +308,11 @@ class Flux(TransformerModel):
     def kept_notes(self, path: str) -> dict[str, str]:
         """The guidance that the LoRA at `path` was trained under."""
         return {key: note for key, note in notes_of(path).items() if key == TRAINED_UNDER}
+
+    @property
+    def lora_files(self) -> LoraFiles:
+        """Those of the pipeline's class, and of kohya's scripts whole."""
+        return KohyaFiles(self.pipeline_class, self.network_part, flux_from_kohya)
 
     def kohya_state(self, lora: Lora) -> dict[str, Tensor]:
         """Each layer of the original network as one LoRA."""

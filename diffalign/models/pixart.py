@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -76,6 +77,7 @@ class PixArt(TransformerModel):
 
     encoder_parts = ("text_encoder", "tokenizer")
     text_widths = ("caption_channels",)
+    text_masks: Mapping[str, str] = {"prompt_embeds": "prompt_attention_mask"}
     spec: Plugin
 
     def call(self, network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
@@ -97,7 +99,7 @@ class PixArt(TransformerModel):
 
     def check_network(self, config: dict[str, Any], path: str) -> None:
         """Refuses what is no PixArt, and PixArt-Alpha of 1024 pixels, which is told sizes besides."""
-        if config["_class_name"] == _PUBLISHED_AS and config.get("norm_type") == "ada_norm_single":
+        if config.get("_class_name") == _PUBLISHED_AS and config.get("norm_type") == "ada_norm_single":
             config = {**config, "_class_name": self.spec.network_class}
         super().check_network(config, path)
         told = config.get("use_additional_conditions")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.models._base import Model
 from diffalign.models._export import Lora, check_kohya
-from diffalign.models._mmdit import sd3_kohya
+from diffalign.models._lora_files import LoraFiles
+from diffalign.models._mmdit import KohyaFiles, sd3_from_kohya, sd3_kohya
 from diffalign.models._spec import JOINT_ATTENTION, TransformerSpec
 from diffalign.models._transformer import TransformerModel
 
@@ -38,6 +40,7 @@ class Plugin(TransformerSpec):
     default_config: ClassVar[str] = "stabilityai/stable-diffusion-3-medium-diffusers"
     network_class: ClassVar[str] = "SD3Transformer2DModel"
     attention_layers: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
+    kohya_in_diffusers: ClassVar[Literal["all", "blocks", "none"]] = "none"
     file_may_lack: ClassVar[dict[str, tuple[str, ...]]] = {
         "vae": ("first_stage_model.", "vae."),
         "text_encoder": ("text_encoders.clip_l.",),
@@ -71,6 +74,7 @@ class StableDiffusion3(TransformerModel):
     encoder_parts: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     t5_parts = ("text_encoder_3", "tokenizer_3")
     text_widths = ("joint_attention_dim", "pooled_projection_dim")
+    kohya_module = "networks.lora_sd3"
     spec: Plugin
 
     def __init__(self, spec: Plugin, device: str = "cpu") -> None:
@@ -89,6 +93,11 @@ class StableDiffusion3(TransformerModel):
             return_dict=False,
         )[0]
         return output
+
+    @property
+    def lora_files(self) -> LoraFiles:
+        """Those of the pipeline's class, and of kohya's scripts."""
+        return KohyaFiles(self.pipeline_class, self.network_part, sd3_from_kohya)
 
     def kohya_state(self, lora: Lora) -> dict[str, Tensor]:
         """By the names that kohya's scripts train SD3 under; refuses what that layout cannot carry."""
@@ -112,8 +121,8 @@ class StableDiffusion3(TransformerModel):
     def _embed(self, prompts: list[str], negative_prompt: str | None) -> tuple[Conditioning, Conditioning]:
         pipeline = self.pipeline(*self.encoder_parts)
         if not self.spec.use_t5:
-            # The zeros in T5's place are as wide as the transformer's configuration says.
-            pipeline.register_modules(transformer=self.parts.blueprint("transformer"))
+            # Of it the width alone is read, which the zeros in T5's place have.
+            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self._base_config))
         embeds, negative_embeds, pooled, negative_pooled = pipeline.encode_prompt(
             prompts,
             None,

@@ -1,11 +1,12 @@
 """Write what a run has trained for other programs, or as a whole model.
 
 format=diffusers checks a LoRA and writes it anew, with the metadata that makes it load equal: as plain
-diffusers loads it, of a PixArt through peft. format=kohya
-writes one file that ComfyUI, the WebUIs and kohya's scripts load; rsLoRA is folded into its alphas, DoRA is
-refused. format=merged writes the base with the LoRA merged into its weights, and format=full the base with
-the whole network of an adapter.kind=full run: a pipeline folder (without safety checker), or with
-single_file=true one file in the original layout. Beside it lie a model card and the manifest.
+diffusers loads it, of a PixArt through peft; ComfyUI loads that too, but leaves alphas and DoRA aside.
+format=kohya writes one file that ComfyUI, the WebUIs and kohya's scripts load; rsLoRA is folded into its
+alphas, DoRA is refused; diffusers loads of a FLUX.1 file the blocks, of an SD3 file nothing. format=merged
+writes the base with the LoRA merged into its weights, and format=full the base with the whole network of an
+adapter.kind=full run: a pipeline folder (without safety checker), or with single_file=true one file in the
+original layout. Beside it lie a model card and the manifest.
 
 Examples:
     diffalign export model=sdxl model.path=stabilityai/stable-diffusion-xl-base-1.0
@@ -60,8 +61,10 @@ def export(
         model: the base that the adapter was trained on.
         adapter: a LoRA (folder, file or hub id), for format=full the folder of a whole network.
         out: folder for the files, the model card (README.md) and the manifest.
-        format: diffusers | kohya: the LoRA for these programs; merged: the base with the LoRA in its weights;
-            full: the base with the adapter's whole network.
+        format: diffusers: the LoRA as diffusers loads it (ComfyUI leaves its alphas and DoRA aside); kohya:
+            for ComfyUI, the WebUIs and kohya's scripts (diffusers loads it of SD and SDXL, of FLUX.1 but for
+            outer layers, of SD3 not at all); merged: the base with the LoRA in its weights; full: the base
+            with the adapter's whole network.
         weight: how strongly the LoRA acts; it is multiplied into its alphas, or merged so.
         dtype: of the written weights; null: a LoRA as it is stored, a pipeline in fp32.
         single_file: merged, full: one .safetensors file in the original layout (SD 1.x and SDXL).

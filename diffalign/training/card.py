@@ -113,7 +113,9 @@ def _header(model: dict[str, Any], holds: str, objective: str | None, license: s
     entries: dict[str, Any] = {} if license is None else {"license": license}
     if not Path(model["path"]).exists() and not looks_local(model["path"]):
         entries["base_model"] = model["path"]  # the hub takes ids alone, it refuses cards with paths
-    entries |= {"library_name": "diffusers", "tags": tags}
+    if holds != "kohya" or spec.kohya_in_diffusers != "none":  # the hub shows how that library loads it
+        entries["library_name"] = "diffusers"
+    entries["tags"] = tags
     return f"---\n{yaml.safe_dump(entries, sort_keys=False).strip()}\n---"
 
 
@@ -132,10 +134,15 @@ def _title(model: dict[str, Any], run: dict[str, Any] | None) -> list[str]:
 
 
 def _use(model: dict[str, Any], holds: str, file: str | None = None) -> list[str]:
+    spec: type[ModelSpec] = plugins.get("models", model["name"])
+    others = f"ComfyUI, WebUI and kohya's scripts load `{file}` as any LoRA."
+    if holds == "kohya" and spec.kohya_in_diffusers == "none":
+        return ["## Use", f"{others} diffusers loads nothing of it."]
     code = f"```python\n{_snippet(model, holds, file)}\n```"
     if holds != "kohya":
         return ["## Use", code]
-    return ["## Use", f"ComfyUI, WebUI and kohya's scripts load `{file}` as any LoRA. With diffusers:", code]
+    but = ", which leaves out layers outside the blocks" if spec.kohya_in_diffusers == "blocks" else ""
+    return ["## Use", f"{others} With diffusers{but}:", code]
 
 
 def _base(model: dict[str, Any], identity: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,17 @@ def broken_file(folder: Path, kind: str) -> str:
         del state[layer.replace("lora_A", "lora_B")]
     elif kind == "factors of two ranks":
         state[layer] = state[layer][:1].clone()
+    elif kind == "a vector":
+        state[layer] = state[layer][0].clone()
+    elif kind == "more than a LoRA":
+        state["unet.conv_in.alpha"] = torch.ones(())
+    elif kind == "of a transformer":
+        state = {key.replace("unet.", "transformer."): value for key, value in state.items()}
+    elif kind == "without prefix":
+        state = {key.removeprefix("unet."): value for key, value in state.items()}
+    elif kind == "DoRA of kohya":
+        state = {"lora_unet_conv_in.lora_down.weight": state[layer]}
+        state["lora_unet_conv_in.dora_scale"] = torch.ones(8, 1)
     elif kind == "no adapter":
         state = {"conv_in.weight": torch.zeros(2, 2)}
     metadata = {"format": "pt"}
@@ -238,6 +250,10 @@ def broken_file(folder: Path, kind: str) -> str:
         path.write_bytes(path.read_bytes()[:300])
     if kind == "empty folder":
         path.unlink()
+    if kind == "several files":
+        for name in ("b", "a"):
+            shutil.copy(path, folder / f"{name}.safetensors")
+        path.unlink()
     return str(folder / "nowhere" if kind == "missing" else folder)
 
 
@@ -250,6 +266,12 @@ REFUSED = {
     "half a layer": r"is not whole: the factors of .*attn2\.to_k do not fit one another; get it anew",
     "factors of two ranks": r"is not whole: the factors of .*attn2\.to_k do not fit one another",
     "settings of another rank": "cannot use the adapter .*size mismatch.*; get its whole file",
+    "a vector": r"is not whole: the factors of .*attn2\.to_k do not fit one another",
+    "more than a LoRA": "holds unet.conv_in.alpha beside its LoRA weights, which cannot be read: give an",
+    "of a transformer": "of another family, or .*: StableDiffusionPipeline has no place for its transformer",
+    "without prefix": r"of a layout that cannot be read: .* has no place for its down_blocks\.1\.",
+    "DoRA of kohya": "cannot read the adapter .*: it is a DoRA in the layout of kohya",
+    "several files": r"it holds several files \(a\.safetensors, b\.safetensors\); give one that diffusers",
     "no adapter": "holds no LoRA weights|cannot read the adapter",
     "torn": "cannot read the adapter",
     "empty folder": "cannot read the adapter",
@@ -269,6 +291,27 @@ def test_what_is_no_adapter_for_this_base_is_refused_in_one_line(
     if kind != "text encoder":  # for drawing, text encoders may be adapted too
         with pytest.raises(UserError, match=REFUSED[kind]):
             model.load_adapter(path)
+
+
+@pytest.mark.parametrize("path", ["", "nowhere.safetensors", "runs/nowhere.safetensors", "~/nowhere"])
+def test_a_path_that_is_no_hub_id_is_not_asked_for(path: str, tiny_sd: str) -> None:
+    model: Any = load_model("sd", tiny_sd)
+    with pytest.raises(UserError, match=r"adapter .*does not exist: give a folder, a \.safetensors file or"):
+        model.load_adapter(path)
+
+
+@pytest.mark.parametrize(("layer", "width"), [(0, 99), (9, 32)])
+def test_factors_that_do_not_fit_a_text_encoder(
+    layer: int, width: int, tiny_sd: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, without the report of transformers."""
+    name = f"text_encoder.text_model.encoder.layers.{layer}.self_attn.q_proj.lora_"
+    state = {f"{name}A.weight": torch.zeros(2, width), f"{name}B.weight": torch.zeros(width, 2)}
+    save_file(state, tmp_path / FILE)
+    model: Any = load_model("sd", tiny_sd)
+    with pytest.raises(UserError, match=r"which also changes the text encoders: .*; use the base it was"):
+        model.load_adapter(str(tmp_path))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.common import plugins
+from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.diffusion.process import Process
 from diffalign.models import load_model
@@ -99,6 +100,25 @@ def shown(model: Any, draw: Callable[[], Any]) -> list[Tensor]:
         handle.remove()
     flat = [list(value.values()) if isinstance(value, dict) else [value] for value in seen[0]]
     return [value.clone() for values in flat for value in values if isinstance(value, Tensor)]
+
+
+def test_what_a_text_mask_hides_never_matters(untouched: Any) -> None:
+    """To the bit: a cache leaves it out."""
+    if not untouched.text_masks:
+        pytest.skip("names no mask: all rows are kept")
+    batch = make_batch(untouched, groups=2)
+    draws, hidden = draws_of(batch), 0
+    kept = dict(batch.cond)
+    for name, mask in untouched.text_masks.items():
+        assert batch.cond[mask].shape == batch.cond[name].shape[:2]
+        kept[name] = batch.cond[name] * batch.cond[mask][..., None]
+        hidden += int((batch.cond[mask] == 0).sum())
+    with torch.no_grad():
+        one, other = (
+            untouched.denoiser.predict(batch.latents, draws.t, given)
+            for given in (batch.cond, Conditioning(kept))
+        )
+    assert hidden and torch.equal(one, other)
 
 
 def test_the_dropped_prompt_is_the_branch_that_guidance_uses(backbone: tuple[str, str]) -> None:
@@ -293,6 +313,18 @@ def test_full_training_in_half_precision_is_refused(backbone: tuple[str, str]) -
     model = load_model(*backbone, dtype="bf16")
     with pytest.raises(UserError, match=r"adapter\.kind=full with model\.dtype=bf16"):
         model.start_training(FRESH["full"], seed=0, with_reference=True)
+
+
+def test_the_repeated_blocks_are_compiled(backbone: tuple[str, str]) -> None:
+    """Of the network and of its frozen copy: all that are of one kind with a first one."""
+    model: Any = load_model(*backbone)
+    model.start_training(AdapterSpec(kind="full"), seed=0, with_reference=True)
+    model.compile_blocks()
+    for network in (model.network, model.denoiser.policies["reference"].network):
+        compiled = {id(module) for module in network.modules() if module._compiled_call_impl is not None}
+        kinds = {type(module) for module in network.modules() if id(module) in compiled}
+        assert kinds and type(network) not in kinds
+        assert compiled == {id(module) for module in network.modules() if type(module) in kinds}
 
 
 def test_parts_leave_memory_and_come_back(backbone: tuple[str, str]) -> None:

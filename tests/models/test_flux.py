@@ -250,11 +250,15 @@ def test_a_saved_adapter_draws_the_same_in_plain_diffusers(kind: str, dev: str, 
 
 
 def test_alphas_beside_the_tensors_are_read(dev: str, tmp_path: Path) -> None:
-    """A file without metadata, an alpha for each layer: it acts as the same factors scaled by hand."""
+    """A file without metadata, an alpha for each layer: it acts as the same factors scaled by hand.
+
+    That of the outer `proj_out` is its own, though the blocks have layers of that name.
+    """
     moved(dev, AdapterSpec(rank=2, targets=EVERYWHERE), tmp_path / "ours")
     state = load_file(tmp_path / "ours" / WEIGHTS_FILE)
     layers = sorted({key.partition(".lora_")[0] for key in state})
-    alphas = {f"{layer}.alpha": torch.tensor(1.0 + number % 3) for number, layer in enumerate(layers)}
+    values = {layer: 4.0 + number % 3 for number, layer in enumerate(layers)} | {"transformer.proj_out": 1.0}
+    alphas = {f"{layer}.alpha": torch.tensor(value) for layer, value in values.items()}
     save_file({**state, **alphas}, tmp_path / "alphas.safetensors")
     scaled = {
         key: tensor * (alphas[f"{key.partition('.lora_')[0]}.alpha"] / 2 if ".lora_B." in key else 1.0)
@@ -266,7 +270,19 @@ def test_alphas_beside_the_tensors_are_read(dev: str, tmp_path: Path) -> None:
         model = loaded(dev)
         model.load_adapter(str(tmp_path / f"{name}.safetensors"))
         latents.append(model.sample(PROMPTS, SEEDS, num_inference_steps=3))
-    assert torch.allclose(latents[0], latents[1], atol=1e-4)
+    loaded(dev).export_adapter(
+        str(tmp_path / "alphas.safetensors"), str(tmp_path / "out"), layout="diffusers"
+    )
+    trained = loaded(dev)
+    trained.start_training(
+        AdapterSpec(init=str(tmp_path / "alphas.safetensors")), seed=0, with_reference=True
+    )
+    trained.save_adapter(str(tmp_path / "saved"))
+    for name in ("out", "saved"):
+        model = loaded(dev)
+        model.load_adapter(str(tmp_path / name))
+        latents.append(model.sample(PROMPTS, SEEDS, num_inference_steps=3))
+    assert all(torch.allclose(latents[0], others, atol=1e-4) for others in latents[1:])
     assert not torch.allclose(
         latents[0], loaded(dev).sample(PROMPTS, SEEDS, num_inference_steps=3), atol=1e-2
     )
@@ -307,6 +323,20 @@ def test_an_export_takes_the_guidance_along(
     moved(dev, AdapterSpec(rank=2, dora=True), tmp_path / "dora")
     with pytest.raises(UserError, match="format=kohya cannot carry a DoRA"):
         loaded(dev).export_adapter(str(tmp_path / "dora"), str(tmp_path / "b"), layout="kohya")
+
+
+def test_kohyas_layout_is_read_whole(dev: str, tmp_path: Path) -> None:
+    """Of any width, with layers outside the blocks: as the adapter that it was written from."""
+    spec = AdapterSpec(rank=2, alpha=3, targets=["to_q", "to_out.0", "proj_mlp", "proj_out", "x_embedder"])
+    model = moved(dev, spec, tmp_path)
+    loaded(dev).export_adapter(str(tmp_path), str(tmp_path), layout="kohya")
+    file = tmp_path / "lora.safetensors"
+    assert notes_of(file)["ss_network_module"] == "networks.lora_flux"
+    model.network.eval()
+    fresh = loaded(dev)
+    fresh.load_adapter(str(file))
+    wanted = model.sample(PROMPTS, SEEDS, num_inference_steps=3)
+    assert torch.allclose(fresh.sample(PROMPTS, SEEDS, num_inference_steps=3), wanted, atol=1e-4)
 
 
 def test_a_file_with_the_transformer_alone_takes_the_rest_from_its_config(dev: str, tmp_path: Path) -> None:
@@ -354,6 +384,20 @@ def test_drawing_under_another_guidance_is_told_once(
     assert said(4.0, drawing()) == [f"{line} 4"]
     assert said(1.0, drawing()) == []
     assert said(None, loaded(dev)) == []
+
+
+def test_a_run_that_draws_under_another_guidance_than_its_own_says_so(
+    dev: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its pictures on the way, and those that an on-policy objective learns from."""
+    for guidance, lines in ((1.0, 1), (3.5, 0), (None, 0)):
+        model = loaded(dev, train_guidance=guidance)
+        model.start_training(AdapterSpec(rank=2), seed=0, with_reference=True)
+        capsys.readouterr()
+        for _ in range(2):
+            model.sample(PROMPTS, SEEDS, num_inference_steps=1)
+        said = capsys.readouterr().err
+        assert said.count("the policy was trained under guidance 1; pictures are drawn under 3.5") == lines
 
 
 def test_training_on_and_judging_under_another_guidance_are_told(

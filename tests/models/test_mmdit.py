@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from diffalign.common.errors import UserError
-from diffalign.models._mmdit import flux_kohya, sd3_kohya
+from diffalign.models._mmdit import flux_from_kohya, flux_kohya, sd3_from_kohya, sd3_kohya
 
 SD3 = (SD3Transformer2DModel, sd3_kohya, convert_sd3_transformer_checkpoint_to_diffusers)
 FLUX = (FluxTransformer2DModel, flux_kohya, convert_flux_transformer_checkpoint_to_diffusers)
@@ -245,6 +245,95 @@ def test_diffusers_reads_parts_of_one_rank_at_that_rank() -> None:
     assert {key: tensor.shape for key, tensor in read.items()} == {
         f"transformer.{key}": tensor.shape for key, tensor in state.items()
     }
+
+
+def factor_changes(factors: dict[str, Tensor], change: Change) -> dict[str, Tensor]:
+    """Each layer's change by factors whose scale is 1."""
+    layers = {key.partition(".lora_")[0] for key in factors}
+    return peft_changes(factors, dict.fromkeys(layers, 1.0), change)
+
+
+@pytest.mark.parametrize("targets", ["", "attn.to_v"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_written_is_read(name: str, targets: str) -> None:
+    """Every layer of the published networks; each at its own rank, and none but those."""
+    _, layers = published(name)
+    chosen = {layer: module for layer, module in layers.items() if layer.endswith(targets)}
+    state, scales = drawn_factors(chosen)
+    from_kohya = flux_from_kohya if name.startswith("flux") else sd3_from_kohya
+    factors = from_kohya(PUBLISHED[name][0][1](state, scales))
+    assert {key: tensor.shape for key, tensor in factors.items()} == {
+        key: tensor.shape for key, tensor in state.items()
+    }
+    assert_equal_changes(factor_changes(factors, probed), peft_changes(state, scales, probed))
+
+
+def trained_by_kohya(layers: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Dense factors of original layers by (rows, columns), of alphas other than the rank."""
+    generator, named = torch.Generator().manual_seed(0), {}
+    for number, (layer, (rows, columns)) in enumerate(layers.items()):
+        named[f"lora_unet_{layer}.lora_down.weight"] = torch.randn(4, columns, generator=generator)
+        named[f"lora_unet_{layer}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+        named[f"lora_unet_{layer}.alpha"] = torch.tensor(1.0 + number)
+    return named
+
+
+def test_blocks_of_flux_are_read_as_diffusers_reads_them() -> None:
+    named = trained_by_kohya(
+        {
+            "double_blocks_3_img_attn_qkv": (3 * 3072, 3072),
+            "double_blocks_18_txt_mlp_0": (12288, 3072),
+            "single_blocks_37_linear1": (3 * 3072 + 12288, 3072),
+            "single_blocks_0_modulation_lin": (3 * 3072, 3072),
+        }
+    )
+    ours = factor_changes(flux_from_kohya(named), probed)
+    theirs = as_diffusers_reads(dict(named))
+    assert ours.keys() == theirs.keys() and len(ours) == 9
+    for layer, change in ours.items():
+        torch.testing.assert_close(change, theirs[layer], rtol=1e-4, atol=1e-3)
+
+
+def test_outer_layers_keep_their_alpha() -> None:
+    """By hand: scale 1/2; the halves of the final modulation stand the other way round in the original."""
+    named = {
+        "lora_unet_final_layer_adaLN_modulation_1.lora_down.weight": torch.tensor([[1.0, 2], [0, 1]]),
+        "lora_unet_final_layer_adaLN_modulation_1.lora_up.weight": torch.tensor(
+            [[2.0, 0], [0, 2], [4, 0], [0, 4]]
+        ),
+        "lora_unet_final_layer_adaLN_modulation_1.alpha": torch.tensor(1.0),
+    }
+    for from_kohya in (sd3_from_kohya, flux_from_kohya):
+        factors = from_kohya(named)
+        assert {key: tensor.tolist() for key, tensor in factors.items()} == {
+            "norm_out.linear.lora_A.weight": [[1, 2], [0, 1]],
+            "norm_out.linear.lora_B.weight": [[2, 0], [0, 2], [1, 0], [0, 1]],
+        }
+
+
+def test_a_fresh_lora_of_kohya_has_all_parts() -> None:
+    named = trained_by_kohya({"joint_blocks_0_x_block_attn_qkv": (6, 2)})
+    named["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight"].zero_()
+    factors = sd3_from_kohya(named)
+    assert {key: tuple(tensor.shape) for key, tensor in factors.items()} == {
+        f"transformer_blocks.0.attn.to_{part}.lora_{side}.weight": shape
+        for part in "qkv"
+        for side, shape in {"A": (4, 2), "B": (2, 4)}.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (("joint_blocks", "double_blocks"), "has no layer lora_unet_double_blocks_0_x_block_attn_qkv"),
+        (("x_block", "y_block"), "has no layer lora_unet_joint_blocks_0_y_block_attn_qkv"),
+        (("lora_up", "hada_w1"), "has alpha, hada_w1.weight, lora_down.weight, which is no LoRA of kohya's"),
+    ],
+)
+def test_what_is_no_lora_of_kohya(rename: tuple[str, str], told: str) -> None:
+    named = trained_by_kohya({"joint_blocks_0_x_block_attn_qkv": (6, 2)})
+    with pytest.raises(UserError, match=told):
+        sd3_from_kohya({key.replace(*rename): tensor for key, tensor in named.items()})
 
 
 def test_fused_layer_by_hand() -> None:

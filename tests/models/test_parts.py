@@ -189,6 +189,13 @@ def test_xformers_where_it_is_not_installed(tiny_sdxl: str) -> None:
         use("sdxl", tiny_sdxl, attention="xformers")
 
 
+def test_an_own_vae_of_another_class(tiny_sdxl: str) -> None:
+    with pytest.raises(
+        UserError, match=r"the vae of .*unet is a UNet2DConditionModel, AutoencoderKL is want"
+    ):
+        use("sdxl", tiny_sdxl, vae=f"{tiny_sdxl}/unet")
+
+
 def test_an_own_vae_encodes_and_decodes(tiny_sdxl: str, copied: Path) -> None:
     path = copied / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)

@@ -62,11 +62,11 @@ REFUSED = {
     "half a layer": r"is not whole: the factors of .*attn2\.to_k do not fit one another",
     "no adapter": "holds no LoRA weights: give an adapter that peft or diffalign wrote",
     "another rank": "cannot use the adapter .*size mismatch.*; get its whole file",
-    "another kind": "cannot read the adapter .*: its adapter_config.json is of LoKrConfig; give a LoRA",
+    "another kind": "cannot read the adapter .*: its adapter_config.json is of LoKrConfig, no LoRA",
     "no JSON": "cannot read the adapter",
     "no settings": "cannot read the adapter .*: Can't find 'adapter_config.json' at",
     "torn": "cannot read the adapter",
-    "of diffusers": "cannot read the adapter .*: it is no adapter_model.safetensors; give the folder of an",
+    "of diffusers": "cannot read the adapter .*: it is no adapter_model.safetensors; give one that peft or",
     "missing": "nowhere does not exist: give a folder",
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffalign.common import draws
 from diffalign.common.errors import UserError
 from diffalign.models import _ldm, load_model
+from diffalign.models._lora_files import notes_of
 from diffalign.models._spec import JOINT_ATTENTION, AdapterSpec
 from diffalign.models.sd3 import Plugin
 from tests.tiny_training import perturb
@@ -102,6 +103,17 @@ def test_t5_left_out_counts_as_zeros(base: str, plain: Any) -> None:
     assert embeds.shape == (1, 77 + LENGTH, 40)
     assert not embeds[:, 77:].any() and embeds[:, :77, :32].any() and not embeds[:, :77, 32:].any()
     assert model.encoder_fingerprint() != ours(base).encoder_fingerprint()
+
+
+def test_without_t5_prompts_are_encoded_without_building_the_transformer(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even an empty one: that takes seconds at full size, for each batch of prompts."""
+    model = ours(base, use_t5=False)
+    expected = model.encode_prompts(["a ring"])
+    monkeypatch.setattr(SD3Transformer2DModel, "__init__", lambda *_, **__: 1 / 0)
+    again = ours(base, use_t5=False).encode_prompts(["a ring"])
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
 def test_a_pipeline_without_t5(base: str, tmp_path: Path) -> None:
@@ -234,6 +246,40 @@ def test_the_layouts_of_other_programs(base: str, tmp_path: Path) -> None:
         ours(base).export_pipeline(str(tmp_path), single_file=True)
 
 
+def test_kohyas_layout_is_read_here_and_diffusers_is_said_to_read_nothing(
+    base: str, plain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With layers outside the blocks and alphas: as the adapter that it was written from."""
+    spec = AdapterSpec(rank=2, alpha=3, targets=["to_q", "to_v", "pos_embed.proj", "norm_out.linear"])
+    latents = drawn_by_us(trained(base, spec, tmp_path / "adapter"))
+    ours(base).export_adapter(str(tmp_path / "adapter"), str(tmp_path), layout="kohya")
+    told = capsys.readouterr().err
+    assert "diffusers loads nothing of lora.safetensors of this family: for it use format=diffusers" in told
+    assert "kohya's own scripts leave out pos_embed.proj, norm_out.linear; ComfyUI loads them\n" in told
+    file = tmp_path / "lora.safetensors"
+    assert notes_of(file)["ss_network_module"] == "networks.lora_sd3"
+    model = ours(base)
+    model.load_adapter(str(file))
+    assert torch.allclose(drawn_by_us(model), latents, atol=1e-5)
+    assert not torch.allclose(drawn_by(plain), latents, atol=1e-3)
+    policy = ours(base)
+    policy.start_training(AdapterSpec(init=str(file)), seed=0, with_reference=False)
+    policy.network.eval()
+    assert torch.allclose(drawn_by_us(policy), latents, atol=1e-5)
+
+
+def test_what_acts_in_diffusers_alone_is_said(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, told in (("rslora", "leave its alphas aside; for them use format=kohya"), ("dora", "its DoRA")):
+        trained(base, SAVED[kind], tmp_path / kind)
+        ours(base).export_adapter(str(tmp_path / kind), str(tmp_path / "out"), layout="diffusers")
+        assert told in capsys.readouterr().err
+    trained(base, AdapterSpec(rank=2), tmp_path / "plain")
+    ours(base).export_adapter(str(tmp_path / "plain"), str(tmp_path / "out"), layout="diffusers")
+    assert "aside" not in capsys.readouterr().err
+
+
 def test_a_transformer_of_another_base(base: str, tiny_sd: str, tmp_path: Path) -> None:
     shutil.copytree(f"{base}/transformer", tmp_path / "transformer")
     path = tmp_path / "transformer" / "config.json"
@@ -250,6 +296,12 @@ def test_a_transformer_of_another_base(base: str, tiny_sd: str, tmp_path: Path) 
         path.write_text(json.dumps({**config, **changes}))
         with pytest.raises(UserError, match=told):
             ours(base).load_policy(str(tmp_path))
+        # As the user's own network: it is compared with the one beside the text encoders.
+        with pytest.raises(UserError, match=told):
+            ours(base, transformer=str(tmp_path))
+    (path.parent / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a part of no class, SD3Transformer2DModel is wanted"):
+        ours(base, transformer=str(tmp_path))
     with pytest.raises(
         UserError, match="has no text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3, tra"
     ):

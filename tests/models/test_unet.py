@@ -85,6 +85,18 @@ def test_a_full_unet_of_another_base_is_no_policy(
     with pytest.raises(UserError, match="takes text embeddings of width 1024, the base's are of width"):
         model.load_policy(str(tmp_path))
     assert model.network is model.denoiser.network
+    with pytest.raises(UserError, match="takes text embeddings of width 1024, the base's are of width"):
+        load_model("sd", tiny_sd, unet=str(tmp_path))
+    with pytest.raises(UserError, match="is a AutoencoderKL, UNet2DConditionModel is wanted: use the model"):
+        load_model("sd", tiny_sd, unet=f"{tiny_sd}/vae")
+
+
+def test_a_base_without_a_unet_takes_ones_own(tiny_sd: str, tmp_path: Path) -> None:
+    """There is none beside the text encoders to compare it with."""
+    base = Path(shutil.copytree(tiny_sd, tmp_path / "base"))
+    shutil.rmtree(base / "unet")
+    loaded: Any = load_model("sd", str(base), unet=f"{tiny_sd}/unet")
+    assert loaded.network.config.cross_attention_dim == 32
 
 
 def test_a_full_unet_as_policy_is_set_up_as_the_base_is(tiny_sd: str) -> None:

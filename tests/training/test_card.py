@@ -15,7 +15,7 @@ from diffalign.models import load_model
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.pixart import Plugin as PixArt
 from diffalign.models.sdxl import Plugin as SDXL
-from diffalign.training.card import model_card
+from diffalign.training.card import Exported, export_card, model_card
 from tests.tiny_training import perturb
 
 
@@ -77,6 +77,23 @@ def test_the_code_loads_an_adapter_through_peft_where_diffusers_cannot(tmp_path:
     scope: dict[str, Any] = {"noise": draws.normal((1, 4, 16, 16), "initial", "a ring", 0)}
     exec(source.replace('"a prompt"', f'"a ring", clean_caption=False, {settings}'), scope)
     assert torch.equal(scope["image"], model.sample(["a ring"], [0], num_inference_steps=1)[0])
+
+
+def test_what_diffusers_loads_of_kohyas_layout_is_said() -> None:
+    """No code, and no library for the hub to show code of, where it would load nothing without a word."""
+    cards = {
+        name: export_card(Exported("kohya", "lora.safetensors", {"name": name, "path": "org/base"}, "0123"))
+        for name in ("sdxl", "flux", "sd3")
+    }
+    assert "as any LoRA. With diffusers:" in cards["sdxl"]
+    assert "With diffusers, which leaves out layers outside the blocks:" in cards["flux"]
+    for name in ("sdxl", "flux"):
+        assert "library_name: diffusers" in cards[name]
+        assert 'load_lora_weights("path/to/this/folder", weight_name="lora.safe' in code(cards[name])
+    assert "diffusers loads nothing of it." in cards["sd3"]
+    assert "```python" not in cards["sd3"] and "library_name" not in cards["sd3"]
+    model = {"name": "sd3", "path": "org/base"}
+    assert "library_name: diffusers" in export_card(Exported("adapter", None, model, "0123"))
 
 
 def test_revision_and_variant_are_named() -> None:

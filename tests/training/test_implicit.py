@@ -97,6 +97,25 @@ def test_a_doctored_policy_is_right_where_it_knows_the_preferred_image_better() 
     assert [judgement.reference_right() for judgement in judgements] == [0.5] * 4
 
 
+def test_a_base_that_knows_a_few_timesteps_is_judged_at_those() -> None:
+    """Spread evenly over them, however many draws; the noises of two draws at one timestep differ."""
+    denoiser, encoded = doctored([(1.0, 0.9, 0.4)])
+    seen: list[int] = []
+    call = denoiser.call
+
+    def noting(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        seen.append(int(t[0]))
+        return call(network, x_t, t, cond)
+
+    denoiser.call = noting
+    known = [999, 749, 499, 249]
+    for count, expected in ((8, [999, 999, 749, 749, 499, 499, 249, 249]), (2, [749, 249]), (1, [499])):
+        seen.clear()
+        (found,) = judged(denoiser, encoded, num_draws=count, known=known)
+        assert seen[::2] == seen[1::2] == expected  # the reference, then the policy
+        assert len(set(found.first[1].tolist())) == count
+
+
 def judgement(target: float, first: tuple[float, ...], second: tuple[float, ...]) -> PairJudgement:
     """Errors (policy, policy, reference, reference) of two draws."""
     return PairJudgement(
@@ -133,7 +152,7 @@ def test_judgements_are_the_errors_of_fixed_draws(model: Any, heldout: EncodedSe
         latents = torch.stack([heldout.means[image] for image in example.images])
         cond = heldout.conditioning(example, dropped=False)
         batch = Batch([example.id], 0, torch.zeros(1), latents, cond, torch.tensor([2]))
-        draws = fixed_draws(batch, 1000, 3, seed=0)
+        draws = fixed_draws(batch, range(1000), 3, seed=0)
         assert [draw.t.tolist() for draw in draws] == [[166, 166], [500, 500], [833, 833]]
         for number, draw in enumerate(draws):
             assert torch.equal(draw.noise[0], draw.noise[1])
