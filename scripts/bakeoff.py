@@ -40,6 +40,7 @@ from diffalign.common.config import resolved_recipe
 from diffalign.common.statistics import bootstrap_interval, jackknife_interval
 from diffalign.data.sources.jsonl import Plugin as Preferences
 from diffalign.demo import embedded, walk
+from diffalign.demo.bases import BASES
 from diffalign.demo.methods import Method
 from diffalign.objectives._base import Objective, OnPolicyObjective
 from diffalign.objectives.dragon import Plugin as DRAGON
@@ -256,7 +257,7 @@ def run_cell(out: Path, which: dict[str, Any]) -> dict[str, Any]:
     report = walk.compare(folder / "report", base, aligned)
     implicit = evaluate(
         mode="implicit",
-        model=walk.base_model(),
+        model=BASES[SIZE.base].load(),
         adapter=str(adapter),
         data=Preferences(path=f"{drawn}-pairs/preferences.jsonl"),
         out=str(folder / "implicit"),

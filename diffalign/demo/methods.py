@@ -45,7 +45,7 @@ class Method:
         return {"scene": SceneScorer()}
 
 
-METHODS = {
+TINY_SDXL = {
     "sft": Method(lambda _: SFT(), groups=32),
     "dpo": Method(lambda _: DiffusionDPO(beta=2000.0)),
     "mapo": Method(lambda _: MaPO(beta=0.1)),
@@ -62,9 +62,16 @@ METHODS = {
         rollout_steps=4,
     ),
 }
-"""By the name that `diffalign demo objective=NAME` takes: dpo as scripts/results/demo.md tests it, the others
-as scripts/results/bakeoff.md chose them.
-"""
+"""dpo as scripts/results/demo.md tests it, the others as scripts/results/bakeoff.md chose them."""
+
+TINY_SD3 = {
+    "sft": Method(lambda _: SFT(), groups=32),
+    "dpo": Method(lambda _: DiffusionDPO(beta=2000.0)),
+}
+"""dpo as scripts/results/demo_sd3.md tests it."""
+
+METHODS = {"tiny-sdxl": TINY_SDXL, "tiny-sd3": TINY_SD3}
+"""Embedded model -> the name that `diffalign demo objective=NAME` takes -> the settings."""
 
 ALIASES = {"diffusion_dpo": "dpo"}
 """Other names."""

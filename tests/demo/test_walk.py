@@ -23,14 +23,15 @@ SMALLEST = walk.Size(
     batch_size=12,
     num_steps=2,
 )
-FEW = replace(METHODS["dpo"], groups=4)
+FEW = replace(METHODS["tiny-sdxl"]["dpo"], groups=4)
 
 
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A finished walk and its report."""
-    out = tmp_path_factory.mktemp("demo")
-    return out, walk.walk(out, SMALLEST, method=FEW, seed=0, recipe={"seed": 0})
+@pytest.fixture(scope="module", params=sorted(walk.SIZES))
+def walked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A finished walk with each embedded model, and its report."""
+    out = tmp_path_factory.mktemp(request.param)
+    size = replace(SMALLEST, base=request.param)
+    return out, walk.walk(out, size, method=FEW, seed=0, recipe={"seed": 0})
 
 
 def test_every_stage_leaves_its_files(walked: tuple[Path, dict]) -> None:
@@ -72,7 +73,8 @@ def test_walking_again_does_nothing_again(walked: tuple[Path, dict]) -> None:
     out, report = walked
     weights = out / "4-run" / "adapter" / "pytorch_lora_weights.safetensors"
     before = weights.stat().st_mtime_ns
-    again = walk.walk(out, SMALLEST, method=FEW, seed=0, recipe={"seed": 0})
+    size = replace(SMALLEST, base=next(name for name in walk.SIZES if out.name.startswith(name)))
+    again = walk.walk(out, size, method=FEW, seed=0, recipe={"seed": 0})
     assert again["win_rate"] == report["win_rate"]
     assert weights.stat().st_mtime_ns == before
 
@@ -94,9 +96,21 @@ def test_unknown_embedded_model_names_the_nearest() -> None:
 
 
 def test_quick_and_whole_demo_do_not_share_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody should have to clean up between the first look and the whole demo."""
+    """Nobody should have to clean up between the first look and the whole demo, nor between two models."""
     seen = []
     monkeypatch.setattr(walk, "walk", lambda out, size, **rest: seen.append((out.name, size)) or {})
-    for quick in (True, False):
-        demo(quick=quick)
-    assert seen == [("diffalign-demo-quick", walk.QUICK), ("diffalign-demo", walk.WHOLE)]
+    for options in ({"quick": True}, {}, {"model": "tiny-sd3"}, {"model": "tiny-sd3", "quick": True}):
+        demo(**options)
+    assert seen == [
+        ("diffalign-demo-quick", walk.quick(walk.WHOLE)),
+        ("diffalign-demo", walk.WHOLE),
+        ("diffalign-demo-tiny-sd3", walk.WHOLE_SD3),
+        ("diffalign-demo-tiny-sd3-quick", walk.quick(walk.WHOLE_SD3)),
+    ]
+
+
+def test_what_a_demo_has_no_settings_for_is_refused() -> None:
+    with pytest.raises(UserError, match=r"unknown objective of the demo of tiny-sd3 'kto'"):
+        demo(model="tiny-sd3", objective="kto")
+    with pytest.raises(UserError, match=r"unknown model of the demo 'tiny-sd': did you mean 'tiny-sd3'"):
+        demo(model="tiny-sd")
