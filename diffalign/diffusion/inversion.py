@@ -74,8 +74,8 @@ def implied_noise(
     examples that still have a step to make and no others, so an example costs what its own t asks for.
 
     Args:
-        denoiser: asked under the policy that the caller has selected, with `cond` alone (guidance scale 1)
-            and in evaluation mode: dropout would be noise of another kind.
+        denoiser: asked under the policy that the caller has selected, with `cond` alone (no classifier-free
+            guidance) and in evaluation mode: dropout would be noise of another kind.
         latents: `[B, ...]` clean latents; all but the network is computed in their dtype.
         cond: conditioning with B rows.
         t: `[B]` int64.

@@ -9,6 +9,7 @@ from diffalign.common.errors import UserError
 from diffalign.common.progress import say
 from diffalign.diffusion.process import Process
 from diffalign.diffusion.specs import TimestepSpec
+from diffalign.models._parts import quiet_libraries
 
 _NAMES = re.compile(r"turbo|lightning|schnell|hyper[-_ ]?(sd|flux)|(?<![a-z])lcm(?![a-z])", re.IGNORECASE)
 
@@ -53,7 +54,8 @@ def trailing(scheduler: Any) -> Any:
     """
     if scheduler.config.get("timestep_spacing", "trailing") == "trailing":
         return scheduler
-    return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+    with quiet_libraries():  # of settings that it has from another scheduler, whose place it took
+        return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
 
 
 def visited(scheduler: Any, process: Process) -> list[int]:

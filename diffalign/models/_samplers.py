@@ -42,22 +42,16 @@ def sampler(name: str, base_scheduler: Any, arguments: Arguments = timestep_argu
     """
     kind, config = scheduler_class(name), dict(base_scheduler.config)
     if not _is_flow(base_scheduler):
-        return _made(kind, config)
+        return kind.from_config(config)
     if "use_flow_sigmas" in inspect.signature(kind.__init__).parameters:
         as_flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
         config = {**config, **as_flow, "flow_shift": config.get("shift", 1.0)}
     try:
         if kind is not type(base_scheduler):
-            _try_on_closed_form(_made(kind, config), arguments)
-        return _made(kind, config)
+            _try_on_closed_form(kind.from_config(config), arguments)
+        return kind.from_config(config)
     except Exception as error:  # a scheduler for another kind of model fails in ways of its own
         raise _unfit(name, base_scheduler, error) from error
-
-
-def _made(kind: Any, config: dict[str, Any]) -> Any:
-    """The scheduler under settings some of which are of other kinds: it warns of each that it leaves out."""
-    with quiet_libraries():
-        return kind.from_config(config)
 
 
 def check_scheduler(

@@ -39,10 +39,11 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source,
     preprocess = PreprocessSpec(**recipe["preprocess"])
     accelerator = accelerator_for(recipe["precision"])
     backbone = model.load(str(accelerator.device))
-    backbone.load_policy(recipe["adapter"])
+    backbone.check_policy(recipe["adapter"])
     pairs = data.usable(limit=recipe["limit"], ties="drop")
     encoded = encode(pairs, backbone, preprocess, seed=0)
     backbone.drop_encoders()
+    backbone.load_policy(recipe["adapter"])  # only now: with the encoders it might not fit
     judgements = []
     with Progress("judge", len(encoded), "pairs") as bar:
         for judgement in judge(
@@ -52,6 +53,7 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source,
             batch_size=preprocess.batch_size,
             device=accelerator.device,
             context=accelerator.autocast,
+            known=backbone.known_timesteps,
         ):
             judgements.append(judgement)
             bar.update(1)

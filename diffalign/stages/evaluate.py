@@ -81,7 +81,7 @@ def evaluate(
         limit: the first so many prompts (mode=images), pairs (mode=implicit) or records (mode=scorers) only.
         model: mode=implicit: the base.
         data: mode=implicit: preference pairs; ties are left out. mode=scorers: labelled pairs, ranked lists.
-        adapter: mode=implicit: folder of the aligned LoRA or UNet.
+        adapter: mode=implicit: folder of the aligned LoRA or whole network.
         preprocess: mode=implicit: how pictures are fitted to the network.
         draws: mode=implicit: fixed, stratified (timestep, noise) draws a pair.
         precision: mode=implicit: of the forward passes.

@@ -98,9 +98,11 @@ def generate(
         adapter: one LoRA: its folder, file or hub id.
         adapter_weight: how strongly `adapter` acts.
         adapters: several LoRAs at once, name -> {path, weight}.
-        negative_prompt: what guidance leads away from, for all prompts.
-        guidance_scale: strength of classifier-free guidance; 1 or less: none; null: the pipeline's default.
-        num_inference_steps: denoising steps; null: the pipeline's default.
+        negative_prompt: what guidance leads away from, for all prompts; FLUX.1 has none.
+        guidance_scale: strength of classifier-free guidance, 1 or less: none; of FLUX.1-dev the guidance that
+            the network is told; null: the pipeline's default, of a distilled base (model.distilled_steps)
+            no classifier-free guidance.
+        num_inference_steps: denoising steps; null: the pipeline's default, or what the base was distilled to.
         height: of the pictures in pixels; null: the base's own.
         width: of the pictures in pixels; null: the base's own.
         scheduler: class name of a diffusers scheduler; null: the base's own.

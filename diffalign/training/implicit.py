@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -71,20 +71,23 @@ def judge(
     batch_size: int,
     device: torch.device | str,
     context: Context = nullcontext,
+    known: Sequence[int] | None = None,
 ) -> Iterator[PairJudgement]:
     """Judgements of the decided pairs of `encoded`; ties (target 1/2) are left out.
 
     Both images of a pair, and policy and reference, see the same `num_draws` stratified draws with fixed
-    keys; latents are posterior means. Dropout is off.
+    keys; latents are posterior means. Dropout is off. `known` are the timesteps that the base knows; None:
+    all of the process.
     """
     network = denoiser.network
+    timesteps = range(denoiser.process.num_timesteps) if known is None else known
     was_training = network.training
     network.eval()
     try:
         for batch in _decided_batches(encoded, batch_size):
             moved = batch.to(device)
             errors = []
-            for draw in fixed_draws(batch, denoiser.process.num_timesteps, num_draws, seed=DRAW_SEED):
+            for draw in fixed_draws(batch, timesteps, num_draws, seed=DRAW_SEED):
                 with context():
                     terms = denoising_terms(
                         denoiser, moved.latents, moved.cond, draw.to(device), reference=True

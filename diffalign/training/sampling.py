@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -43,9 +44,9 @@ def training_draws(
     return Draws(t.repeat_interleave(counts), torch.stack(each))
 
 
-def fixed_draws(batch: Batch, num_timesteps: int, num_draws: int, *, seed: int) -> list[Draws]:
-    """`num_draws` stratified draws a group that never change: for held-out measures."""
-    grid = stratified_grid(num_draws, num_timesteps)
+def fixed_draws(batch: Batch, timesteps: Sequence[int], num_draws: int, *, seed: int) -> list[Draws]:
+    """`num_draws` draws a group that never change, spread evenly over `timesteps`: for held-out measures."""
+    grid = torch.tensor(timesteps)[stratified_grid(num_draws, len(timesteps))]
     return [
         _per_image(
             batch, grid[k].expand(batch.num_groups), [(seed, "held-out-noise", name, k) for name in batch.ids]

@@ -85,6 +85,7 @@ class Watch:
                 batch_size=self.settings.preprocess.batch_size,
                 device=self.accelerator.device,
                 context=self.accelerator.autocast,
+                known=model.known_timesteps,
             )
         )
         interval = accuracy(judgements)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
+from diffusers.utils import logging as diffusers_logging
 
 from diffalign.common.errors import UserError
 from diffalign.diffusion.specs import TimestepSpec
 from diffalign.models import _distilled, load_model
+from diffalign.models._samplers import sampler
 from diffalign.models.flux import Plugin as Flux
 from diffalign.models.sd3 import Plugin as SD3
 from diffalign.models.sdxl import Plugin as SDXL
@@ -145,6 +147,17 @@ def test_it_draws_in_its_own_steps_without_guidance(folders: dict[str, str]) -> 
     told = base.sample(["a ring"], [3], num_inference_steps=3, guidance_scale=2.0)
     assert [rows for rows, _ in seen[2:]] == [2, 2, 2]  # what is said counts
     assert not torch.equal(mine, told)
+
+
+def test_settings_of_the_bases_own_scheduler_are_left_out_without_a_word(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another one in its place, whose steps are made to end at noise alone."""
+    monkeypatch.setattr(diffusers_logging.get_logger("diffusers"), "propagate", True)
+    other = sampler("LCMScheduler", model(folders, "sdxl").parts["scheduler"])
+    made = _distilled.trailing(other)
+    assert made.config.timestep_spacing == "trailing" != other.config.timestep_spacing
+    assert not caplog.text
 
 
 def test_a_schnell_draws_in_four_steps(folders: dict[str, str]) -> None:

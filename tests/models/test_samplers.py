@@ -61,14 +61,6 @@ def test_samplers_of_flows(flow: Any) -> None:
         assert told.endswith("): use FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler")
 
 
-def test_settings_of_other_schedulers_are_left_out_without_a_word(
-    flow: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    sampler("UniPCMultistepScheduler", flow)
-    sampler("DDIMScheduler", diffusers.EulerDiscreteScheduler())
-    assert "were passed to" not in caplog.text + capfd.readouterr().err
-
-
 def test_nothing_is_sampled_with_a_scheduler_for_something_else(flow: Any) -> None:
     """DDIM would take a velocity for noise, and draw without a word."""
     for name in ("DDIMScheduler", "EulerDiscreteScheduler"):

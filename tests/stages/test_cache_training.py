@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import cli
-from diffalign.common import files, manifest
+from diffalign.common import files, manifest, plugins
 from diffalign.data import cache_packs
 from diffalign.data.batches import Batch
 from diffalign.data.cache import open_cache
@@ -199,10 +199,12 @@ def test_a_stopped_run_goes_on_from_it_to_the_same_bits(
     assert "base, adapter.init or data of the run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("family", plugins.names("models"))
 def test_neither_vae_nor_text_encoders_are_loaded(
-    data: Path, tiny_sdxl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = make(data, "pairs", "sdxl", tiny_sdxl, tmp_path / "cache")
+    spec = plugins.get("models", family).tiny(tmp_path / "base")
+    cache = make(data, "pairs", family, spec.path, tmp_path / "cache")
     loaded: list[str] = []
     load = Parts._load
 
@@ -211,8 +213,8 @@ def test_neither_vae_nor_text_encoders_are_loaded(
         return load(self, name, source)
 
     monkeypatch.setattr(Parts, "_load", watched)
-    train("sdxl", tiny_sdxl, tmp_path / "run", f"cache={cache}", "validation.share=0.4", "validation.every=1")
-    assert sorted(set(loaded)) == ["scheduler", "unet"]
+    train(family, spec.path, tmp_path / "run", f"cache={cache}", "validation.share=0.4", "validation.every=1")
+    assert sorted(set(loaded)) == ["scheduler", spec.network_part]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from diffalign import cli
+from diffalign.models._parts import Parts
 from diffalign.models._spec import AdapterSpec
+from diffalign.models.sd import Plugin as SD
 from diffalign.models.sdxl import Plugin as SDXL
 from tests.pickapic_files import jpeg, row, write
 
@@ -105,6 +110,52 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert said in lines[-1]
     assert lines[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, set[str]]]:
+    """From now on each part that is loaded, with those that are in memory then."""
+    seen: list[tuple[str, set[str]]] = []
+    load = Parts._load
+
+    def noting(parts: Parts, name: str, source: Any) -> Any:
+        seen.append((name, set(parts._loaded)))
+        return load(parts, name, source)
+
+    monkeypatch.setattr(Parts, "_load", noting)
+    return seen
+
+
+def test_the_network_comes_when_the_encoders_are_gone(
+    tiny_sdxl: str, fresh_adapter: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = loads(monkeypatch)
+    assert cli.main(words(tiny_sdxl, fresh_adapter, pairs, tmp_path / "out")) == 0
+    (beside,) = [others for name, others in seen if name == "unet"]
+    assert not beside & {"vae", "text_encoder", "text_encoder_2"}
+    assert {"vae", "text_encoder", "text_encoder_2"} <= {name for name, _ in seen}
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_policy_of_another_base_is_refused_before_anything_is_loaded(
+    kind: Literal["lora", "full"],
+    tiny_sd: str,
+    tiny_sdxl: str,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = SD(path=tiny_sd).load()
+    other.start_training(AdapterSpec(kind=kind), seed=0, with_reference=False)
+    other.save_adapter(str(tmp_path))
+    for path in tmp_path.glob("*.safetensors"):  # the layers of both tiny networks are alike but for this
+        wider = {n: torch.cat([t, t], 1) if "lora_A" in n else t for n, t in load_file(path).items()}
+        save_file(wider, path, {"format": "pt"})
+    seen = loads(monkeypatch)
+    assert cli.main(words(tiny_sdxl, tmp_path, pairs, tmp_path / "out")) == 2
+    assert not seen and not (tmp_path / "out").exists()
+    said = {"lora": "is for another architecture", "full": f"the UNet of {tmp_path}"}
+    assert said[kind] in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_missing_parts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
