@@ -283,3 +283,20 @@ class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
 
 def _shift_and_scale(vae: Any) -> tuple[float, float]:
     return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+
+
+def pooled_pair(encoded: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Conditioning, Conditioning]:
+    """Prompt and negative conditioning of what `encode_prompt` gives where embeddings are pooled too."""
+    embeds, negative_embeds, pooled, negative_pooled = encoded
+    cond = Conditioning({"prompt_embeds": embeds, "pooled": pooled})
+    return cond, Conditioning({"prompt_embeds": negative_embeds, "pooled": negative_pooled})
+
+
+def pooled_arguments(cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    """The two of `pooled_pair` as the pipeline's call takes them."""
+    return {
+        "prompt_embeds": cond["prompt_embeds"],
+        "pooled_prompt_embeds": cond["pooled"],
+        "negative_prompt_embeds": negative["prompt_embeds"],
+        "negative_pooled_prompt_embeds": negative["pooled"],
+    }

@@ -16,6 +16,7 @@ from diffalign.models._base import Model
 from diffalign.models._export import Lora, check_kohya
 from diffalign.models._lora_files import LoraFiles
 from diffalign.models._mmdit import KohyaFiles, sd3_from_kohya, sd3_kohya
+from diffalign.models._pipeline import pooled_arguments, pooled_pair
 from diffalign.models._spec import JOINT_ATTENTION, TransformerSpec
 from diffalign.models._transformer import TransformerModel
 
@@ -123,7 +124,7 @@ class StableDiffusion3(TransformerModel):
         if not self.spec.use_t5:
             # Of it the width alone is read, which the zeros in T5's place have.
             pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self._base_config))
-        embeds, negative_embeds, pooled, negative_pooled = pipeline.encode_prompt(
+        encoded = pipeline.encode_prompt(
             prompts,
             None,
             None,
@@ -131,13 +132,7 @@ class StableDiffusion3(TransformerModel):
             negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
             max_sequence_length=self.spec.max_sequence_length,
         )
-        cond = Conditioning({"prompt_embeds": embeds, "pooled": pooled})
-        return cond, Conditioning({"prompt_embeds": negative_embeds, "pooled": negative_pooled})
+        return pooled_pair(encoded)
 
     def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-        return {
-            "prompt_embeds": cond["prompt_embeds"],
-            "pooled_prompt_embeds": cond["pooled"],
-            "negative_prompt_embeds": negative["prompt_embeds"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-        }
+        return pooled_arguments(cond, negative)

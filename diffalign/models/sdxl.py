@@ -13,6 +13,7 @@ from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
 from diffalign.models import _ldm
 from diffalign.models._base import Model
+from diffalign.models._pipeline import pooled_arguments, pooled_pair
 from diffalign.models._spec import UNetSpec
 from diffalign.models._unet import UNetModel
 
@@ -70,21 +71,15 @@ class SDXL(UNetModel):
 
     @torch.no_grad()
     def _embed(self, prompts: list[str], negative_prompt: str | None) -> tuple[Conditioning, Conditioning]:
-        embeds, negative_embeds, pooled, negative_pooled = self.pipeline(*self.encoder_parts).encode_prompt(
+        encoded = self.pipeline(*self.encoder_parts).encode_prompt(
             prompts,
             device=self.device,
             negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
         )
-        cond = Conditioning({"prompt_embeds": embeds, "pooled": pooled})
-        return cond, Conditioning({"prompt_embeds": negative_embeds, "pooled": negative_pooled})
+        return pooled_pair(encoded)
 
     def _embedding_arguments(self, cond: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-        return {
-            "prompt_embeds": cond["prompt_embeds"],
-            "pooled_prompt_embeds": cond["pooled"],
-            "negative_prompt_embeds": negative["prompt_embeds"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-        }
+        return pooled_arguments(cond, negative)
 
     def size_conditioning(
         self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]

@@ -6,9 +6,8 @@ the two CLIP encoders, which learn on. Transformer, T5 and the first encoder's p
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.tiny.bank import Bank
-from scripts.tiny.loop import Clock, Plan, train
-from scripts.tiny.measure import describe_accuracy
+from scripts.tiny.loop import Clock, Plan
+from scripts.tiny.parts import Trained, token_ids
 from scripts.tiny.settings import Settings
-from scripts.tiny.tokenizer import END, load_tokenizer, save_tokenizer, t5_tokenizer
+from scripts.tiny.tokenizer import END, load_tokenizer, t5_tokenizer
 from scripts.tiny.vae import cached_latents
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ class FlowMatching:
         # The last row is the empty prompt: what a dropped caption becomes, and what guidance goes away from.
         texts = [*bank.captions, ""]
         tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
-        self.ids = [_ids(tokenizer, texts, settings.sd3_tokens) for tokenizer in tokenizers]
+        self.ids = [token_ids(tokenizer, texts, settings.sd3_tokens) for tokenizer in tokenizers]
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Levels are logit-normal (Esser et al. 2024, arXiv 2403.03206, eq. 19) and stratified in a batch."""
@@ -173,12 +172,6 @@ class FlowMatching:
         return error, {}
 
 
-def _ids(tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    """Token ids of all texts: int16 [n, length]."""
-    encoded = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
-    return torch.tensor(encoded.input_ids, dtype=torch.int16)
-
-
 def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: int | None = None) -> Path:
     """The folder `out`/tiny-sd3, trained as far as needed; `step`: export this kept step, not the last.
 
@@ -192,73 +185,23 @@ def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: 
     torch.manual_seed(settings.seed)
     pipeline = new_pipeline(settings, base, bank, work)
     latents = cached_latents(pipeline.vae, bank, work / "sd3", clock)
-    sizes = (f"{name} {_millions(getattr(pipeline, name)):.2f} M" for name in (*TRAINED, "vae"))
-    clock.say("parameters: " + ", ".join(sizes))
+    trained = Trained(pipeline, TRAINED, {"max_sequence_length": settings.sd3_tokens})
+    trained.say_sizes(clock)
     if step is None:
-        _install(pipeline, _train(settings, pipeline, latents, bank, work / "sd3", clock))
+        plan = Plan(
+            name="sd3",
+            steps=settings.sd3_steps,
+            horizon=settings.sd3_horizon,
+            lr=settings.sd3_lr,
+            seed=settings.seed,
+            bf16=settings.bf16,
+            save_every_seconds=settings.save_every_seconds,
+            keep_every=settings.keep_every,
+        )
+        loss = FlowMatching(settings, pipeline, trained.modules(), latents, bank)
+        trained.train(plan, loss, folder=work / "sd3", clock=clock, probe_prompts=settings.probe_prompts)
     else:
-        modules = nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED})
-        modules.load_state_dict(torch.load(work / "sd3" / f"sd3-{step:06d}.pt", weights_only=True))
-    words = _accuracy(settings, pipeline, 2 * settings.probe_prompts, work / "sd3" / "sheet-final.png")
+        trained.load(work / "sd3" / f"sd3-{step:06d}.pt")
+    words = trained.accuracy(2 * settings.probe_prompts, work / "sd3" / "sheet-final.png")
     clock.say(f"tiny-sd3: {words}")
-    return _export(pipeline, work / "tokenizer", out / "tiny-sd3")
-
-
-def _train(
-    settings: Settings,
-    pipeline: StableDiffusion3Pipeline,
-    latents: Tensor,
-    bank: Bank,
-    work: Path,
-    clock: Clock,
-) -> nn.ModuleDict:
-    """The averaged transformer and text encoders after the last step; every kept step is measured."""
-    modules = nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED})
-
-    def probe(averaged: nn.ModuleDict, at: int) -> str:
-        _install(pipeline, averaged)
-        text = _accuracy(settings, pipeline, settings.probe_prompts, work / f"sheet-{at:06d}.png")
-        _install(pipeline, modules)
-        return text
-
-    plan = Plan(
-        name="sd3",
-        steps=settings.sd3_steps,
-        horizon=settings.sd3_horizon,
-        lr=settings.sd3_lr,
-        seed=settings.seed,
-        bf16=settings.bf16,
-        save_every_seconds=settings.save_every_seconds,
-        keep_every=settings.keep_every,
-    )
-    loss = FlowMatching(settings, pipeline, modules, latents, bank)
-    return train(plan, modules, loss, folder=work, clock=clock, probe=probe)
-
-
-def _accuracy(settings: Settings, pipeline: StableDiffusion3Pipeline, n: int, sheet: Path) -> str:
-    return describe_accuracy(pipeline, n, sheet=sheet, max_sequence_length=settings.sd3_tokens)
-
-
-def _millions(module: nn.Module) -> float:
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
-
-
-def _install(pipeline: StableDiffusion3Pipeline, modules: nn.ModuleDict) -> None:
-    for name in TRAINED:
-        setattr(pipeline, name, modules[name])
-
-
-def _export(pipeline: StableDiffusion3Pipeline, tokenizer: Path, folder: Path) -> Path:
-    """Writes fp16 safetensors without a variant in their names, so they load as fp32 just as well."""
-    for name in (*TRAINED, "vae"):
-        getattr(pipeline, name).half()
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for name in TRAINED[1:]:
-        # transformers loads in the precision named here unless told otherwise, diffusers in fp32: let them
-        # agree.
-        path = folder / name / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in ("tokenizer", "tokenizer_2"):
-        save_tokenizer(getattr(pipeline, name), tokenizer, folder / name)
-    return folder
+    return trained.export(work / "tokenizer", out / "tiny-sd3")

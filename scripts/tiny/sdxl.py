@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from scripts.tiny.bank import Bank
-from scripts.tiny.loop import Clock, Plan, train
-from scripts.tiny.measure import describe_accuracy
+from scripts.tiny.loop import Clock, Plan
+from scripts.tiny.parts import Trained, token_ids
 from scripts.tiny.settings import Settings
-from scripts.tiny.tokenizer import LENGTH, load_tokenizer, save_tokenizer
+from scripts.tiny.tokenizer import LENGTH, load_tokenizer
 from scripts.tiny.vae import cached_latents, sharpen_decoder, train_vae
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ class Denoising:
     ) -> None:
         self.settings, self.modules, self.latents = settings, modules, latents
         tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
-        self.ids = [_ids(tokenizer, bank.captions) for tokenizer in tokenizers]
+        self.ids = [token_ids(tokenizer, bank.captions, LENGTH) for tokenizer in tokenizers]
         self.alphas = pipeline.scheduler.alphas_cumprod.clone()
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -162,12 +161,6 @@ class Denoising:
         return (weight * error).mean(), {"mse": error.mean().item()}
 
 
-def _ids(tokenizer: object, captions: list[str]) -> Tensor:
-    """Token ids of all captions: int16 [n, 77]."""
-    encoded = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True)  # type: ignore[operator]
-    return torch.tensor(encoded.input_ids, dtype=torch.int16)
-
-
 def build_sdxl(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: int | None = None) -> Path:
     """The folder `out`/tiny-sdxl, trained as far as needed; `step`: export this kept step, not the last.
 
@@ -179,37 +172,22 @@ def build_sdxl(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step:
     latents = cached_latents(vae, bank, work, clock)
     torch.manual_seed(settings.seed)
     pipeline = new_pipeline(settings, vae, work / "tokenizer")
-    sizes = (f"{name} {_millions(getattr(pipeline, name)):.2f} M" for name in (*TRAINED, "vae"))
-    clock.say("parameters: " + ", ".join(sizes))
+    trained = Trained(pipeline, TRAINED, {})
+    trained.say_sizes(clock)
     if step is None:
-        _install(pipeline, _train_unet(settings, pipeline, latents, bank, work, clock))
+        _train_unet(settings, trained, latents, bank, work, clock)
     else:
-        modules = nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED})
-        modules.load_state_dict(torch.load(work / f"unet-{step:06d}.pt", weights_only=True))
+        trained.load(work / f"unet-{step:06d}.pt")
     sharpen_decoder(settings, vae, latents, bank, work, clock)
-    words = describe_accuracy(pipeline, 2 * settings.probe_prompts, sheet=work / "sheet-final.png")
+    words = trained.accuracy(2 * settings.probe_prompts, work / "sheet-final.png")
     clock.say(f"tiny-sdxl: {words}")
-    return _export(pipeline, work / "tokenizer", out / "tiny-sdxl")
+    return trained.export(work / "tokenizer", out / "tiny-sdxl")
 
 
 def _train_unet(
-    settings: Settings,
-    pipeline: StableDiffusionXLPipeline,
-    latents: Tensor,
-    bank: Bank,
-    work: Path,
-    clock: Clock,
-) -> nn.ModuleDict:
-    """The averaged UNet and text encoders after the last step; every kept step is measured."""
+    settings: Settings, trained: Trained, latents: Tensor, bank: Bank, work: Path, clock: Clock
+) -> None:
     from diffusers.models.attention_processor import AttnProcessor
-
-    modules = nn.ModuleDict({name: getattr(pipeline, name) for name in TRAINED})
-
-    def probe(averaged: nn.ModuleDict, at: int) -> str:
-        _install(pipeline, averaged)
-        text = describe_accuracy(pipeline, settings.probe_prompts, sheet=work / f"sheet-{at:06d}.png")
-        _install(pipeline, modules)
-        return text
 
     plan = Plan(
         name="unet",
@@ -221,34 +199,10 @@ def _train_unet(
         save_every_seconds=settings.save_every_seconds,
         keep_every=settings.keep_every,
     )
+    modules = trained.modules()
     # Plain attention for training: the fused one has a slow backward pass on processors, in bf16 above all.
-    pipeline.unet.set_attn_processor(AttnProcessor())
+    trained.pipeline.unet.set_attn_processor(AttnProcessor())
     for name in TRAINED[1:]:
         modules[name].set_attn_implementation("eager")
-    loss = Denoising(settings, pipeline, modules, latents, bank)
-    return train(plan, modules, loss, folder=work, clock=clock, probe=probe)
-
-
-def _millions(module: nn.Module) -> float:
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
-
-
-def _install(pipeline: StableDiffusionXLPipeline, modules: nn.ModuleDict) -> None:
-    for name in TRAINED:
-        setattr(pipeline, name, modules[name])
-
-
-def _export(pipeline: StableDiffusionXLPipeline, tokenizer: Path, folder: Path) -> Path:
-    """Writes fp16 safetensors without a variant in their names, so they load as fp32 just as well."""
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        getattr(pipeline, name).half()
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    for name in ("text_encoder", "text_encoder_2"):
-        # transformers loads in the precision named here unless told otherwise, diffusers in fp32: let them
-        # agree.
-        path = folder / name / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in ("tokenizer", "tokenizer_2"):
-        save_tokenizer(getattr(pipeline, name), tokenizer, folder / name)
-    return folder
+    loss = Denoising(settings, trained.pipeline, modules, latents, bank)
+    trained.train(plan, loss, folder=work, clock=clock, probe_prompts=settings.probe_prompts)
