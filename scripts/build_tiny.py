@@ -1,9 +1,9 @@
 """Builds the embedded models tiny-sdxl, tiny-sd3 and tiny-clip from nothing but code: 3 hours on 2 cores.
 
 Parts, each resumable: a bank of drawn scenes (a third of them wrong, as web data is), a tokenizer, the
-autoencoder, its latents, the UNet trained together with its two text encoders, the transformer of SD3 with
-its three, an open_clip model. The work lives in `OUT/work`; the models come to lie in `OUT/tiny-sdxl`,
-`OUT/tiny-sd3` and `OUT/tiny-clip`.
+autoencoder, its latents, the UNet trained together with its two text encoders, an open_clip model, the
+transformer of SD3 with its three text encoders. The work lives in `OUT/work`; the models come to lie in
+`OUT/tiny-sdxl`, `OUT/tiny-clip` and `OUT/tiny-sd3`.
 
 Examples:
   python scripts/build_tiny.py --out /tmp/tiny                  # everything; the same command again goes on
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 from scripts.tiny.settings import Settings
 
-PARTS = ["sdxl", "sd3", "clip"]
+PARTS = ["sdxl", "clip", "sd3"]
 
 
 def build(settings: Settings, out: Path, *, minutes: float, step: int | None, parts: list[str]) -> bool:
@@ -43,10 +43,10 @@ def build(settings: Settings, out: Path, *, minutes: float, step: int | None, pa
     try:
         if "sdxl" in parts:
             build_sdxl(settings, bank, out, clock, step=step)
-        if "sd3" in parts:
-            build_sd3(settings, bank, out, clock, step=step)
         if "clip" in parts:
             build_clip(settings, bank, out, clock)
+        if "sd3" in parts:  # last: it starts from the other two
+            build_sd3(settings, bank, out, clock, step=step)
     except OutOfTime:
         clock.say("the minutes are over: run the same command again to go on")
         return False

@@ -42,7 +42,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one part trains: AdamW, linear warm-up, cosine to 2 % of `lr` at `horizon`, EMA of the weights."""
+    """How one part trains: AdamW, linear warm-up, cosine to 2 % of `lr` at `horizon`, EMA of the weights.
+
+    muon_in: matrices whose name begins so are trained by Muon (Jordan 2024,
+        https://kellerjordan.github.io/posts/muon/) at `muon_lr` instead, on the same schedule.
+    """
 
     name: str
     steps: int
@@ -56,12 +60,26 @@ class Plan:
     save_every_seconds: float = 60.0
     keep_every: int = 0
     horizon: int = 0
+    muon_in: str = ""
+    muon_lr: float = 0.0
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, 0-based; `horizon` 0 is the last step."""
+        """The share of the learning rates at a step, 0-based; `horizon` 0 is the last step."""
         warm = min(1.0, (step + 1) / max(1, min(self.warmup, self.steps // 4)))
         horizon = self.horizon or self.steps
-        return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / horizon)))
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / horizon)))
+
+    def optimizers(self, modules: nn.ModuleDict) -> list[tuple[torch.optim.Optimizer, float]]:
+        """The optimizers, each with its learning rate: AdamW, and Muon where it is asked for."""
+        matrices, others = [], []
+        for name, parameter in modules.named_parameters():
+            by_muon = self.muon_in and name.startswith(self.muon_in) and parameter.ndim == 2
+            (matrices if by_muon else others).append(parameter)
+        adamw = torch.optim.AdamW(others, lr=self.lr, weight_decay=self.weight_decay)
+        if not self.muon_in:
+            return [(adamw, self.lr)]
+        muon = torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=self.weight_decay)
+        return [(adamw, self.lr), (muon, self.muon_lr)]
 
 
 def save_file(state: Any, path: Path) -> None:
@@ -89,9 +107,9 @@ def train(
     the clock is over, ValueError on a non-finite loss.
     """
     averaged = _copy(modules)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizers = plan.optimizers(modules)
     path = folder / f"{plan.name}.pt"
-    step, seconds = _resume(path, modules, averaged, optimizer)
+    step, seconds = _resume(path, modules, averaged, optimizers)
     began = saved = time.monotonic()
     mean: dict[str, float] = {}
 
@@ -101,12 +119,12 @@ def train(
             "seconds": seconds + time.monotonic() - began,
             "modules": modules.state_dict(),
             "averaged": averaged.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
         }
         save_file(state, path)
 
     while step < plan.steps:
-        logs = _step(plan, step, modules, averaged, optimizer, loss_of_step)
+        logs = _step(plan, step, modules, averaged, optimizers, loss_of_step)
         for key, value in logs.items():
             mean[key] = value if key not in mean else 0.98 * mean[key] + 0.02 * value
         step += 1
@@ -132,22 +150,23 @@ def _step(
     step: int,
     modules: nn.ModuleDict,
     averaged: nn.ModuleDict,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[tuple[torch.optim.Optimizer, float]],
     loss_of_step: Callable[[int], tuple[Tensor, Mapping[str, float]]],
 ) -> dict[str, float]:
     """One optimizer step and one step of the average; returns its logged numbers."""
     torch.manual_seed(seed_of(plan.seed, plan.name, step))
     modules.train()
-    for group in optimizer.param_groups:
-        group["lr"] = plan.rate(step)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.bf16):
         loss, logs = loss_of_step(step)
     if not torch.isfinite(loss):
         raise ValueError(f"{plan.name}: the loss is {loss.item()} at step {step}; lower the learning rate")
-    optimizer.zero_grad(set_to_none=True)
+    modules.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(modules.parameters(), plan.clip)
-    optimizer.step()
+    for optimizer, lr in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * plan.rate(step)
+        optimizer.step()
     decay = min(plan.ema, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(averaged.parameters()), list(modules.parameters()), 1 - decay)
@@ -163,13 +182,17 @@ def _copy(modules: nn.ModuleDict) -> nn.ModuleDict:
 
 
 def _resume(
-    path: Path, modules: nn.ModuleDict, averaged: nn.ModuleDict, optimizer: torch.optim.Optimizer
+    path: Path,
+    modules: nn.ModuleDict,
+    averaged: nn.ModuleDict,
+    optimizers: list[tuple[torch.optim.Optimizer, float]],
 ) -> tuple[int, float]:
-    """(steps done, seconds spent) of the checkpoint, loaded into the three; (0, 0) without one."""
+    """(steps done, seconds spent) of the checkpoint, loaded into all of them; (0, 0) without one."""
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
     modules.load_state_dict(state["modules"])
     averaged.load_state_dict(state["averaged"])
-    optimizer.load_state_dict(state["optimizer"])
+    for (optimizer, _), kept in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
     return int(state["step"]), float(state["seconds"])

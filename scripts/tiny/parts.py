@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,17 @@ class Trained:
         pipeline: of diffusers.
         names: of the parts.
         options: of the pipeline's call, when pictures are measured.
+        helpers: parts that only training needs: they learn along and are not exported.
     """
 
     pipeline: Any
     names: tuple[str, ...]
     options: dict[str, Any]
+    helpers: dict[str, nn.Module] = field(default_factory=dict)
 
     def modules(self) -> nn.ModuleDict:
-        """The parts by name."""
-        return nn.ModuleDict({name: getattr(self.pipeline, name) for name in self.names})
+        """The parts and the helpers by name."""
+        return nn.ModuleDict({name: getattr(self.pipeline, name) for name in self.names} | self.helpers)
 
     def install(self, modules: nn.ModuleDict) -> None:
         """Puts parts in the place of the pipeline's."""

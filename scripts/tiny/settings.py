@@ -41,14 +41,17 @@ class Settings:
     # SD3: the transformer and its three text encoders, which read `sd3_tokens` tokens each
     sd3_width: int = 160
     sd3_layers: int = 6
-    sd3_tokens: int = 24
+    sd3_tokens: int = 16
     t5_vocabulary: int = 1024
     t5_width: int = 128
     t5_layers: int = 2
-    sd3_steps: int = 8000
-    sd3_horizon: int = 8000
+    sd3_steps: int = 7000
+    sd3_horizon: int = 7000
     sd3_batch: int = 32
     sd3_lr: float = 1e-3
+    sd3_muon_lr: float = 0.02
+    sd3_repa: float = 0.5
+    sd3_repa_block: int = 3
     # open_clip model
     clip_width: int = 96
     clip_layers: int = 4
@@ -86,6 +89,7 @@ class Settings:
             sd3_steps=6,
             sd3_horizon=6,
             sd3_batch=4,
+            sd3_repa_block=1,
             keep_every=3,
             probe_prompts=2,
             clip_width=16,

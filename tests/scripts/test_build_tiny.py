@@ -23,7 +23,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _toy(folder: Path, *, stop_after: int | None = None) -> torch.Tensor:
+def _toy(folder: Path, *, muon_in: str = "", stop_after: int | None = None) -> torch.Tensor:
     """The averaged weight of eight steps of a toy problem; the clock is over after `stop_after` steps."""
     torch.manual_seed(0)
     modules = torch.nn.ModuleDict({"line": torch.nn.Linear(3, 1)})
@@ -36,26 +36,49 @@ def _toy(folder: Path, *, stop_after: int | None = None) -> torch.Tensor:
 
     clock = Clock(folder, minutes=60)
     clock.over = lambda: stop_after is not None and steps_here >= stop_after  # type: ignore[method-assign]
-    plan = Plan(name="toy", steps=8, lr=0.1, seed=3, ema=0.9, bf16=False, save_every_seconds=1000)
+    plan = Plan(
+        name="toy",
+        steps=8,
+        lr=0.1,
+        seed=3,
+        ema=0.9,
+        bf16=False,
+        save_every_seconds=1000,
+        muon_in=muon_in,
+        muon_lr=0.1,
+    )
     return train(plan, modules, loss_of_step, folder=folder, clock=clock)["line"].weight.clone()
 
 
-def test_a_run_that_stops_and_goes_on_makes_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon_in", ["", "line."])
+def test_a_run_that_stops_and_goes_on_makes_the_same_weights(tmp_path: Path, muon_in: str) -> None:
     (tmp_path / "once").mkdir()
     (tmp_path / "twice").mkdir()
-    once = _toy(tmp_path / "once")
+    once = _toy(tmp_path / "once", muon_in=muon_in)
     for _ in range(2):  # 3 steps, 3 steps, the rest
         with pytest.raises(OutOfTime):
-            _toy(tmp_path / "twice", stop_after=3)
-    assert torch.equal(_toy(tmp_path / "twice"), once)
+            _toy(tmp_path / "twice", muon_in=muon_in, stop_after=3)
+    assert torch.equal(_toy(tmp_path / "twice", muon_in=muon_in), once)
+
+
+def test_muon_trains_the_matrices_that_are_named_and_adamw_the_rest() -> None:
+    modules = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+    (adamw, lr), (muon, muon_lr) = Plan(
+        name="x", steps=1, lr=1e-3, seed=0, muon_in="a.", muon_lr=0.02
+    ).optimizers(modules)
+    assert (lr, muon_lr) == (1e-3, 0.02) and isinstance(muon, torch.optim.Muon)
+    assert muon.param_groups[0]["params"] == [modules["a"].weight]
+    assert [id(p) for p in adamw.param_groups[0]["params"]] == [
+        id(p) for p in (modules["a"].bias, modules["b"].weight, modules["b"].bias)
+    ]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_two_percent() -> None:
-    plan = Plan(name="x", steps=1000, lr=1.0, seed=0, warmup=10)
+    plan = Plan(name="x", steps=1000, lr=1e-3, seed=0, warmup=10)
     assert plan.rate(0) == pytest.approx(0.1)
     assert plan.rate(500) == pytest.approx(0.51)  # halfway: 0.02 + 0.98 / 2
     assert plan.rate(999) == pytest.approx(0.02, abs=1e-4)
-    assert Plan(name="x", steps=400, lr=1.0, seed=0, warmup=10, horizon=800).rate(400) == pytest.approx(0.51)
+    assert Plan(name="x", steps=400, lr=1e-3, seed=0, warmup=10, horizon=800).rate(400) == pytest.approx(0.51)
 
 
 def test_no_minutes_stop_the_builder_and_the_same_command_goes_on(tmp_path: Path) -> None:
