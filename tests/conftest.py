@@ -10,6 +10,7 @@ import pytest
 # Set before any library is imported: the default ring uses no network, and one thread gives equal bits.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ALLOWED = Path(__file__).with_name("allowed_warnings.txt")
 
