@@ -48,7 +48,7 @@ def diffusion_dpo_loss(
     Convention: beta multiplies half of a difference of *mean* errors, as in
     SalesforceAIResearch/DiffusionDPO@5233e75 train.py:1130-1145. The paper's equation 14 has sums and no
     half; diffusers' example has means and no half (its beta 2500 is 5000 here). Of flows
-    yifan123/flow_grpo@ac4c86e scripts/train_sd3_dpo.py:926-936 has means, the half and unweighted velocity
+    yifan123/flow_grpo@489b1f8 scripts/train_sd3_dpo.py:918-928 has means, the half and unweighted velocity
     errors, which are the native ones here.
     """
     logit = diffusion_dpo_logit(err_w, err_l, ref_err_w, ref_err_l, beta=beta)
@@ -74,7 +74,7 @@ class Plugin(StabilisedPairs):
 
     Args:
         beta: default 5000 as in the authors' launchers; the paper finds 2000 to 5000 good. On the velocity
-            errors of SD3.5 public code has 100 (yifan123/flow_grpo@ac4c86e config/dpo.py).
+            errors of SD3.5 public code has 100 (yifan123/flow_grpo@489b1f8 config/dpo.py).
         error_space: space of the errors: "native" to the network, "epsilon" or "x0".
         safeguard: mu in [0, 1]: the loser's gradient is scaled down, pair by pair, until a small step still
             lowers the winner's error by at least this share of what its own gradient would, to first order
