@@ -144,7 +144,8 @@ def preferences(out: Path, size: walk.Size, seed: int) -> Path:
 def as_markdown(report: dict[str, Any]) -> str:
     """The tables for people."""
     title = "The demo, on tuning prompts" if report["settings"]["tune"] else "The demo, on held-out prompts"
-    lines = reporting.head(title, "python scripts/accept_demo.py --out runs/accept-demo")
+    model = report["settings"]["model"]
+    lines = reporting.head(title, f"python scripts/accept_demo.py --model {model} --out runs/{model}")
     lines += ["Settings: " + ", ".join(f"{name} {value}" for name, value in shown(report).items()) + ".", ""]
     lines += ["Each cell: the base's share, and the difference with its 95 % interval over prompts.", ""]
     lines += ["| pictures | win rate | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
