@@ -36,8 +36,8 @@ BASES = {
         targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"),
     ),
     "tiny-sd3": Base(
-        # The tiny text encoders read 24 tokens each.
-        load=lambda: SD3(path=str(embedded("tiny-sd3")), max_sequence_length=24),
+        # The tiny text encoders read 16 tokens each.
+        load=lambda: SD3(path=str(embedded("tiny-sd3")), max_sequence_length=16),
         scheduler=None,
         targets=(
             *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),

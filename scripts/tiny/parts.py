@@ -96,4 +96,9 @@ class Trained:
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in ("tokenizer", "tokenizer_2"):
             save_tokenizer(getattr(self.pipeline, name), tokenizer, folder / name)
+        for path in folder.glob("tokenizer*/tokenizer.json"):  # indented, they are twice as large
+            compact = json.dumps(
+                json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"), ensure_ascii=False
+            )
+            path.write_text(compact + "\n", encoding="utf-8")
         return folder

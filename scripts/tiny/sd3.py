@@ -106,11 +106,11 @@ def shifted_vae(folder: Path, bank: Bank) -> AutoencoderKL:
     return vae
 
 
-def new_pipeline(settings: Settings, base: Path, bank: Bank, work: Path) -> StableDiffusion3Pipeline:
-    """The pipeline before training; `base`: the folder of tiny-sdxl, `work`: that of the tokenizers."""
+def new_pipeline(settings: Settings, base: Path, bank: Bank) -> StableDiffusion3Pipeline:
+    """The pipeline before training; `base`: the folder of tiny-sdxl."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    clip = [load_tokenizer(work / "tokenizer", pad=pad, length=settings.sd3_tokens) for pad in (END, "!")]
+    clip = [load_tokenizer(base / "tokenizer", pad=pad, length=settings.sd3_tokens) for pad in (END, "!")]
     words = t5_tokenizer(bank.captions, settings.t5_vocabulary, length=settings.sd3_tokens)
     pipeline = StableDiffusion3Pipeline(
         vae=shifted_vae(base / "vae", bank),
@@ -231,7 +231,7 @@ def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: 
             raise FileNotFoundError(f"{needed} is not built, which tiny-sd3 starts from")
     (work / "sd3").mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    pipeline = new_pipeline(settings, base, bank, work)
+    pipeline = new_pipeline(settings, base, bank)
     latents = cached_latents(pipeline.vae, bank, work / "sd3", clock)
     representation = Representation(settings, pipeline.transformer, clip)
     trained = Trained(
@@ -260,4 +260,4 @@ def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: 
         trained.load(work / "sd3" / f"sd3-{step:06d}.pt")
     words = trained.accuracy(2 * settings.probe_prompts, work / "sd3" / "sheet-final.png")
     clock.say(f"tiny-sd3: {words}")
-    return trained.export(work / "tokenizer", out / "tiny-sd3")
+    return trained.export(base / "tokenizer", out / "tiny-sd3")
