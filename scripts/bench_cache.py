@@ -251,6 +251,10 @@ class Constant:
         """A name."""
         return "constant"
 
+    def encoder_recipe(self) -> dict[str, Any]:
+        """The family whose sizes it has."""
+        return {"model": "sdxl"}
+
 
 def encode(out: Path, arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, bool]]:
     """Runs the stage with constant networks over different JPEGs."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -263,6 +265,31 @@ def test_shared_keys_mean_the_same_everywhere(verb: str) -> None:
         if key.plugin is not None and name not in SHARED_PLUGINS:
             assert key.plugin.kind in {mark.kind for mark in SHARED_PLUGINS.values()}
     assert "out" in keys and all(key.note for key in keys.values()), "every key needs a line in Args:"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_keys_of_sections_are_explained_too(verb: str) -> None:
+    def bare(keys: Mapping[str, _schema.Key], path: str) -> list[str]:
+        below = [found for key in keys.values() if key.section for found in bare(key.section.keys, key.name)]
+        return [f"{path}.{key.name}" for key in keys.values() if not key.note] + below
+
+    assert bare(stage_keys(verb), verb) == []
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_help_that_a_hint_names_is_there(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is missing, of whatever plug-in: the words of the hint are those of the command line."""
+    hints = set()
+    needed = {"model": "sdxl"} if "model" in stage_keys(verb) else {}
+    for name, key in stage_keys(verb).items():
+        for plugin in plugins.names(key.plugin.kind) if key.plugin is not None else ():
+            words = [f"{key}={value}" for key, value in {**needed, name: plugin}.items()]
+            if cli.main([verb, *words, "--dry-run"]) != 0:
+                hints.update(re.findall(r"\(see (diffalign .*? --help)\)", capsys.readouterr().err))
+                assert hints, words
+    for hint in hints:
+        assert cli.main(shlex.split(hint)[1:]) == 0, hint
+    assert verb != "train" or "diffalign train data=jsonl model=sdxl --help" in hints
 
 
 def test_the_list_of_shared_keys_is_frozen() -> None:

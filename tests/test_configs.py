@@ -9,7 +9,8 @@ import yaml
 
 from diffalign import cli
 from diffalign.common.config import load_recipe
-from diffalign.common.plugins import names
+from diffalign.common.plugins import names, plugin_name
+from diffalign.diffusion.process import Process
 from diffalign.stages.check import check
 from diffalign.stages.score import score
 from diffalign.stages.train import train
@@ -91,6 +92,13 @@ def test_recipe_of_several_verbs_resolves(path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("# step") >= 3
     header = path.read_text(encoding="utf-8")
     assert f"diffalign --config configs/{path.name}" in header and "Verification level" in header
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipe_of_a_flow_says_its_own_beta(path: Path) -> None:
+    arguments = load_recipe(train, str(path), ["out=runs/test"]).arguments
+    if plugin_name(arguments["model"]) in ("sd3", "flux"):
+        assert arguments["objective"].doubtful_default(Process.flow(1000)) is None
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -87,7 +87,7 @@ def load_recipe(
                 _put_node(tree, root, root.keys[name], (name,), node, file)
         for word in words:
             _put_word(tree, root, word)
-        _refuse_missing(tree, root)
+        _refuse_missing(tree, root, choices)
         plain = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{config_file or verb}: {brief(error)}") from error
@@ -322,7 +322,7 @@ def _compose_word(word: Word) -> yaml.Node | None:
         raise UserError(f"{word.source.name}: not valid YAML: write {{key: value}}") from error
 
 
-def _refuse_missing(tree: DictConfig, root: Section) -> None:
+def _refuse_missing(tree: DictConfig, root: Section, choices: Mapping[str, Choice]) -> None:
     """Raises UserError naming the required keys without a value; an empty text is none."""
     missing = OmegaConf.missing_keys(tree)
     for name, key in root.keys.items():
@@ -331,11 +331,15 @@ def _refuse_missing(tree: DictConfig, root: Section) -> None:
     if missing:
         places = {"out": "FOLDER", "path": "PATH"}
         wanted = [f"{key}={places.get(key.rsplit('.', 1)[-1], '...')}" for key in sorted(missing)]
-        inside = [root.keys[name].section for name in sorted({key.split(".")[0] for key in missing})]
-        named = "".join(
-            f" {s.title.replace(' ', '=')}" for s in inside if s is not None and s.kind is not None
-        )
+        inside = sorted({key.split(".")[0] for key in missing} & choices.keys())
+        named = "".join(f" {name}={_names_in(choices[name])}" for name in inside)
         raise UserError(f"{root.title} needs {' '.join(wanted)} (see diffalign {root.title}{named} --help)")
+
+
+def _names_in(choice: Choice) -> str:
+    """Returns the plug-ins of a choice as the command line takes them."""
+    names = list(dict.fromkeys((choice.chosen or {}).values()))
+    return names[0] if len(names) == 1 else f"[{','.join(names)}]"
 
 
 def _build(key: Key, value: Any) -> Any:

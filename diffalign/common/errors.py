@@ -6,6 +6,9 @@ import difflib
 import socket
 from collections.abc import Iterable
 
+ALIKE = 0.65
+"""Share of letters in common from which one name may be meant for another: one of three may be wrong."""
+
 
 class UserError(ValueError):
     """A mistake in the input, told in one line: what is wrong and what to do.
@@ -50,7 +53,7 @@ def brief(error: BaseException) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that `name` is most likely a misspelling of, or None."""
-    matches = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=ALIKE)
     return matches[0] if matches else None
 
 

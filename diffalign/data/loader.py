@@ -174,6 +174,6 @@ def split_by_prompt(encoded: Encoded, share: float, *, seed: int) -> tuple[Encod
     if not all(sides):
         raise UserError(
             f"validation.share={share} leaves {len(sides[0])} training and {len(sides[1])} held-out "
-            "examples: change the share or bring more data"
+            "examples: change the share, bring more data, or set validation.share=0 to train without"
         )
     return encoded.subset(sides[0]), encoded.subset(sides[1])

@@ -68,9 +68,10 @@ TINY_SD3 = {
     "sft": Method(lambda _: SFT(), lr=1e-3, groups=32),
     "dpo": Method(lambda _: DiffusionDPO(beta=100.0), lr=1e-3),
 }
-"""dpo as scripts/results/demo_sd3.md tests it: the best of four settings on 150 tuning prompts and one seed, where
-it won 0.590 and gained 12.7 points of accuracy. On timesteps from 400 on 0.573 and 8.0; at beta 200, with levels
-of the sampler, 0.580 and 8.0; at beta 200 from 400 on with a rate of 4e-4 0.547 and 4.0. sft has its rate.
+"""dpo as scripts/results/demo_sd3.md tests it: the best of four settings on 150 tuning prompts and one seed,
+where it won 0.590 and gained 12.7 points of accuracy. On timesteps from 400 on: 0.573 and 8.0; at beta 200
+with the sampler's levels: 0.580 and 8.0; at beta 200, from 400 on, at a rate of 4e-4: 0.547 and 4.0. sft has
+the same rate.
 """
 
 METHODS = {"tiny-sdxl": TINY_SDXL, "tiny-sd3": TINY_SD3}

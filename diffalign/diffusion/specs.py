@@ -14,7 +14,20 @@ if TYPE_CHECKING:
 
     from diffalign.diffusion.process import Process, SamplerShift
 
-KINDS = ("uniform", "logit_normal", "mode", "grid")
+DRAWING = ("uniform", "logit_normal", "mode")
+"""Kinds that draw a level from a range; "grid" has its timesteps written down."""
+KINDS = (*DRAWING, "grid")
+KINDS_WITH = {
+    "low": DRAWING,
+    "high": DRAWING,
+    "mean": ("logit_normal",),
+    "std": ("logit_normal",),
+    "scale": ("mode",),
+    "grid": ("grid",),
+    "shift": DRAWING,
+    "sampler_shift": DRAWING,
+}
+"""Key -> the kinds that it means something to."""
 LARGEST_MODE_SCALE = 2.0 / (math.pi - 2.0)
 """Beyond it (and below -1) mode sampling's map from uniform numbers to positions is no longer monotonic."""
 
@@ -29,6 +42,10 @@ class TimestepSpec:
             `[low, high)`; "grid": each of `grid` with equal chance.
         low: smallest timestep drawn.
         high: one past the largest; null: the length of the process.
+        mean: of logit_normal's normal; above 0 more noise.
+        std: of the same, above 0; smaller gathers the levels around the sigmoid of `mean`.
+        scale: of mode, from -1 to 1.75; above 0 the middle levels are drawn more often, below 0 less.
+        grid: the timesteps of kind grid, e.g. [249,499,749,999].
         strata: consecutive samples of the run cycle through this many equal slices of [0, 1); 0 or 1: none.
         shift: moves drawn levels u in [0, 1) towards noise (above 1) or away from it, to
             shift u / (1 + (shift - 1) u) (Esser et al. 2024, section 5.3.2).
@@ -58,6 +75,7 @@ class TimestepSpec:
             raise UserError(
                 "timesteps.grid is empty: give the timesteps, e.g. timesteps.grid=[249,499,749,999]"
             )
+        self._refuse_unused()
         if not self.std > 0:
             raise UserError(f"timesteps.std is {self.std}: use a value above 0")
         if not -1.0 <= self.scale <= LARGEST_MODE_SCALE:
@@ -70,15 +88,20 @@ class TimestepSpec:
             raise UserError(
                 f"timesteps.shift={self.shift} and timesteps.sampler_shift are both set: leave one out"
             )
-        if self.kind == "grid" and (self.sampler_shift or self.shift != 1.0):
-            key = "sampler_shift" if self.sampler_shift else "shift"
-            raise UserError(
-                f"timesteps.{key} moves drawn timesteps, not those of timesteps.grid: leave it out"
-            )
         if self.strata < 0:
             raise UserError(f"timesteps.strata is {self.strata}: use 0 or more")
         if self.low < 0 or (self.high is not None and self.high <= self.low):
             raise UserError(f"timesteps low={self.low}, high={self.high}: use 0 <= low < high")
+
+    def _refuse_unused(self) -> None:
+        """Refuses keys that mean nothing to this kind; a default cannot be told from a key left out."""
+        for key, kinds in KINDS_WITH.items():
+            default = getattr(TimestepSpec, key, [])  # a list is made anew, the class has none
+            if self.kind not in kinds and getattr(self, key) != default:
+                raise UserError(
+                    f"timesteps.{key} means nothing in timesteps.kind={self.kind}: leave it out, or use "
+                    f"timesteps.kind={' or '.join(kinds)}"
+                )
 
     def check(self, process: Process) -> None:
         """Refuses timesteps, or a shift of the sampler, that a process does not have."""

@@ -115,6 +115,11 @@ class Model(Protocol):
         ...
 
     @property
+    def has_unprompted_branch(self) -> bool:
+        """Whether its guidance also asks the network without a prompt, which prompt dropout trains."""
+        ...
+
+    @property
     def known_timesteps(self) -> list[int] | None:
         """The few that a distilled base knows; None: all of the process."""
         ...
@@ -208,4 +213,8 @@ class Model(Protocol):
 
     def encoder_fingerprint(self) -> str:
         """Identity of VAE and text encoders, for caches."""
+        ...
+
+    def encoder_recipe(self) -> dict[str, Any]:
+        """The keys of a recipe that decide a prompt's embeddings, for caches; "model" is the first."""
         ...

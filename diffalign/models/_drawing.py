@@ -148,6 +148,11 @@ class DrawingModel(Backbone):
         return latents
 
     @property
+    def has_unprompted_branch(self) -> bool:
+        """Whether its guidance also asks the network without a prompt, which prompt dropout trains."""
+        return self.no_guidance is not None
+
+    @property
     def distilled_steps(self) -> int | None:
         """The number of steps that the base was distilled to; None: it was not, or nothing says so."""
         return self.spec.distilled_steps

@@ -18,6 +18,7 @@ from diffalign.models import _adapters
 from diffalign.models._base import TRAINED, torch_dtype
 from diffalign.models._lora_files import NOUNS, LoraFiles
 from diffalign.models._parts import Backbone, quiet_libraries
+from diffalign.models._trained_under import kept_notes
 
 KOHYA_FILE, PIPELINE_FILE = "lora.safetensors", "model.safetensors"
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -156,10 +157,6 @@ class ExportableModel(Backbone):
             f"format=kohya: that layout is not written for {self.spec.pipeline_name}; use format=diffusers"
         )
 
-    def kept_notes(self, path: str) -> dict[str, str]:
-        """What a LoRA that is exported goes on to say of its training."""
-        return {}
-
     def check_single_file(self) -> None:
         """Refuses a pipeline that other programs would read wrongly from one file of the original layout."""
         raise UserError(
@@ -189,11 +186,11 @@ class ExportableModel(Backbone):
         lora = read_lora(self.lora_files, path, self.parts.blueprint(self.network_part), weight=weight)
         if layout == "diffusers":
             self._say_settings(lora)
-            self.lora_files.write(_cast(lora.state, dtype), lora.config, folder, self.kept_notes(path))
+            self.lora_files.write(_cast(lora.state, dtype), lora.config, folder, kept_notes(path))
             return
         state = self.kohya_state(lora)
         self._say_kohya(lora)
-        metadata = {"format": "pt", "ss_network_module": self.kohya_module, **self.kept_notes(path)}
+        metadata = {"format": "pt", "ss_network_module": self.kohya_module, **kept_notes(path)}
         save_file(_cast(state, dtype), Path(folder) / KOHYA_FILE, metadata=metadata)
 
     def _say_settings(self, lora: Lora) -> None:

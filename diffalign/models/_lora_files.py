@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign.common import plugins
 from diffalign.common.errors import UserError, brief
 from diffalign.models._parts import looks_local
+from diffalign.models._runs import run_of
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 NOUNS = {"unet": "UNet", "transformer": "transformer"}
@@ -89,7 +91,19 @@ class LoraFiles:
         local = Path(path)
         if not path or (not local.exists() and looks_local(path)):
             raise UserError(f"adapter {path} does not exist: give a folder, a .safetensors file or a hub id")
-        part = self.part
+        try:
+            return self._read_fitting(path, network)
+        except UserError as error:
+            other = self._other_family(path)
+            if other is None:
+                raise
+            raise UserError(
+                f"adapter {path} is of another family: it was trained with model={other}; give that model, "
+                "or an adapter of this one"
+            ) from error
+
+    def _read_fitting(self, path: str, network: Any) -> LoraFile:
+        part, local = self.part, Path(path)
         if (local / "adapter").is_dir():
             raise UserError(f"{path} is the folder of a run, not an adapter: give {path}/adapter")
         if (local / part).is_dir():
@@ -114,6 +128,15 @@ class LoraFiles:
         self._check_places(file, path)
         _check_fits(self.network_state(file), network, path)
         return file
+
+    def _other_family(self, path: str) -> str | None:
+        """The name of the model that the run beside an adapter trained, where its pipeline is another."""
+        try:
+            name: str = (run_of(path) or {})["recipe"]["model"]["name"]
+            theirs: Any = plugins.get("models", name)
+        except (UserError, KeyError, TypeError):  # no run, files of others, a model that is not installed
+            return None
+        return None if theirs.pipeline_name == self.pipeline_class.__name__ else name
 
     def _read(self, path: str, network: Any) -> LoraFile:
         state, metadata = _fetched(path)

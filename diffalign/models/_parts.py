@@ -72,13 +72,7 @@ class Parts:
         if not Path(self._home).is_dir():
             self._revision = hub_commit(self._home, "model_index.json", spec.revision) or spec.revision
         self.index = self._read_index()
-        missing = [name for name in expected if not _is_part(self.index.get(name))]
-        if missing:
-            raise UserError(
-                f"{spec.path} has no {', '.join(missing)}: it is a "
-                f"{self.index.get('_class_name', 'other pipeline')}; "
-                "choose the model name that fits, or a base of this family"
-            )
+        self._refuse_missing([name for name in expected if not _is_part(self.index.get(name))])
         self._loaded: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -114,6 +108,7 @@ class Parts:
     def config(self, name: str, path: str | None = None) -> dict[str, Any]:
         """The part's configuration (`path`: of what `load_as` loads), read without loading its weights."""
         source = self.source(name) if path is None else Source(path, name)
+        self._refuse_absent(name, source)
         cls = self._diffusers_class(name)
         try:
             config = dict(cls.load_config(source.path, subfolder=source.subfolder, revision=source.revision))
@@ -240,11 +235,38 @@ class Parts:
                 )
             raise UserError(f"cannot read the pipeline {self._home}: {brief(error)}{remedy}") from error
 
+    def _refuse_missing(self, missing: list[str]) -> None:
+        """Refuses a pipeline whose index lacks parts; UserError says which, and why that may be."""
+        if not missing:
+            return
+        found = self.index.get("_class_name", "other pipeline")
+        if found != self.spec.pipeline_name:
+            why = f"it is a {found}; choose the model name that fits, or a base of this family"
+        else:
+            why = f"the pipeline is not whole; get all of it{self._or_left_out(*missing)}"
+        raise UserError(f"{self.spec.path} has no {', '.join(missing)}: {why}")
+
+    def _refuse_absent(self, name: str, source: Source) -> None:
+        """Refuses a pipeline on disk that lacks the folder of a part, which the libraries do not name.
+
+        Of a tokenizer they would go on with an empty one.
+        """
+        folder = Path(source.path, source.subfolder or "")
+        if Path(source.path).is_dir() and not folder.is_dir():
+            raise UserError(f"{folder} does not exist: get the whole pipeline{self._or_left_out(name)}")
+
+    def _or_left_out(self, *names: str) -> str:
+        """How a remedy ends: what makes the model do without these parts; nothing where it cannot."""
+        keys = dict.fromkeys(self.spec.left_out_by.get(name) for name in names)
+        return "" if None in keys else f"; or give {' '.join(f'model.{key}=false' for key in keys)}"
+
     def _load(self, name: str, source: Source) -> Any:
         library, class_name = self.index[name]
         from_file = self._in_file(name) and source == self.source(name)
         path, inside = (self.spec.path, name) if from_file else (source.path, source.subfolder)
         where = path if inside is None else f"{path} ({name})"
+        if not from_file:
+            self._refuse_absent(name, source)
         try:
             cls = self.spec.part_class(name) or getattr(importlib.import_module(library), class_name)
             with _same_stream():
@@ -255,6 +277,7 @@ class Parts:
                 remedy = "; give the whole file of a base of this family"
             elif self._is_file and source.path == self._home and name in self.spec.file_may_lack:
                 remedy = f"; {self.spec.path} has none, give a whole pipeline with model.config=..."
+            remedy += self._or_left_out(name)
             raise UserError(f"cannot load {where}: {brief(error)}{remedy}") from error
         if missing:  # the libraries would go on with random numbers in their place, or with nothing
             raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError, brief
 from diffalign.common.manifest import recipe_identity
+from diffalign.common.plugins import plugin_name
 from diffalign.common.progress import say
 from diffalign.diffusion.denoiser import Adapters, Denoiser, FrozenCopy
 from diffalign.diffusion.process import Process
@@ -25,6 +26,7 @@ from diffalign.models._parts import Parts, quiet_libraries
 from diffalign.models._peft_files import PeftFiles
 from diffalign.models._spec import AdapterSpec, ModelSpec
 from diffalign.models._trainable import TrainableModel
+from diffalign.models._trained_under import Setting, TrainedUnder, encoder_notes
 
 
 class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
@@ -56,6 +58,7 @@ class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
         self._denoiser: Denoiser | None = None
         self._adapter_weights: dict[str, float] = {}
         self._adapts_encoders = False
+        self._trained_under = TrainedUnder()
 
     def read_geometry(self, network_config: dict[str, Any]) -> None:
         """Sets `size_multiple` and `default_resolution`."""
@@ -231,6 +234,8 @@ class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
         _adapters.add_from_file(self.network, self.lora_files, path, dropout=0.0)
         denoiser.policies[REFERENCE] = Adapters()
         self.network.requires_grad_(False)
+        self._trained_under.read(path)
+        self._trained_under.say_others(self.training_settings(), "pairs are judged")
 
     def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
         """Adds a LoRA for generation; several add up, each with its weight."""
@@ -256,6 +261,36 @@ class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
         self._adapter_weights[name] = weight
         adapted = self.pipeline(*everything) if self._adapts_encoders else self.network
         adapted.set_adapters(list(self._adapter_weights), list(self._adapter_weights.values()))
+        self._trained_under.read(path)
+
+    # What adapters were trained under
+
+    def training_settings(self) -> dict[str, Setting]:
+        """What the network is trained under, by the note of it in the file of an adapter."""
+        return encoder_notes(self.encoder_settings())
+
+    def drawing_settings(self, guidance_scale: float | None) -> dict[str, Setting]:
+        """Likewise what pictures are drawn under; `guidance_scale` as `sample` has it."""
+        return self.training_settings()
+
+    def sample(self, prompts: list[str], seeds: list[int], **options: Any) -> Tensor:
+        """As `DrawingModel.sample`; says where an adapter was trained under something else."""
+        settings = self.drawing_settings(options.get("guidance_scale"))
+        self._trained_under.say_others(settings, "pictures are drawn")
+        return super().sample(prompts, seeds, **options)
+
+    def check_training(self, adapter: AdapterSpec) -> None:
+        """As of `TrainableModel`; says where the adapter to start from was trained under something else."""
+        super().check_training(adapter)
+        if adapter.init is not None:
+            start = TrainedUnder()
+            start.read(adapter.init)
+            start.say_others(self.training_settings(), "training goes on")
+
+    def start_training(self, adapter: AdapterSpec, **options: Any) -> None:
+        """As of `TrainableModel`; the run's own pictures may be drawn under something else."""
+        super().start_training(adapter, **options)
+        self._trained_under.remember("the policy", self.training_settings())
 
     def _weights(self) -> tuple[str, ...]:
         return (*self.encoder_parts, "vae", self.network_part)
@@ -263,12 +298,18 @@ class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
     def encoder_fingerprint(self) -> str:
         """Identity of VAE and text encoders, and of what else decides their embeddings."""
         identity = recipe_identity({name: self.parts.identity(name) for name in (*self.encoder_parts, "vae")})
-        settings = self.encoder_settings()
+        choose_parts = self.spec.left_out_by.values()  # these are said by the parts
+        settings = {key: value for key, value in self.encoder_settings().items() if key not in choose_parts}
         return recipe_identity({"parts": identity, **settings}) if settings else identity
 
     def encoder_settings(self) -> dict[str, Any]:
-        """What decides a prompt's embeddings beside the weights of the encoders."""
+        """What decides a prompt's embeddings beside the weights of the encoders, by its field in the spec."""
         return {}
+
+    def encoder_recipe(self) -> dict[str, Any]:
+        """The model's name and `encoder_settings`, by their keys in a recipe."""
+        settings = {f"model.{name}": value for name, value in self.encoder_settings().items()}
+        return {"model": plugin_name(self.spec), **settings}
 
     def fingerprint(self) -> str:
         """Identity of network, VAE, text encoders and forward process; the sampler does not matter."""

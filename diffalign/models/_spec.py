@@ -65,6 +65,8 @@ class ModelSpec:
     """The hub id whose configurations fit a single file of the family; None: diffusers reads no such file."""
     file_may_lack: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Parts that published single files of this family leave out -> how the names of their tensors begin."""
+    left_out_by: ClassVar[dict[str, str]] = {}
+    """Parts that the family can do without -> the key of the model that leaves them out when it is false."""
     network_part: ClassVar[str]
     """The name of the network in the pipeline, and of the key that puts another in its place."""
     network_class: ClassVar[str]

@@ -15,6 +15,7 @@ from diffalign.models import _adapters, _sharding
 from diffalign.models._base import REFERENCE, TRAINED
 from diffalign.models._parts import Backbone
 from diffalign.models._spec import AdapterSpec
+from diffalign.models._trained_under import Setting, as_metadata
 
 MAX_GRAPHS = 64
 """Torch's own limit is 8: fewer than policy and reference take over the widths of one SD 1.5."""
@@ -180,9 +181,9 @@ class TrainableModel(Backbone):
         else:
             self.network.load_state_dict(state)
 
-    def training_notes(self) -> dict[str, str]:
-        """What the file of an adapter says of its training besides peft's settings."""
-        return {}
+    def training_settings(self) -> dict[str, Setting]:
+        """What the network is trained under, by the note of it in the file of an adapter."""
+        raise NotImplementedError
 
     def save_adapter(self, folder: str, trained: dict[str, Tensor] | None = None) -> None:
         """Writes the LoRA as diffusers loads it, or the whole network in a folder named as its part is.
@@ -194,7 +195,7 @@ class TrainableModel(Backbone):
         if self._trains_adapter:
             state = trained or _adapters.adapter_state(self.network)
             config = _adapters.trained_config(self.network)
-            self.lora_files.write(state, config, folder, self.training_notes())
+            self.lora_files.write(state, config, folder, as_metadata(self.training_settings()))
             return
         network = self.network
         if trained is not None:

@@ -13,21 +13,19 @@ from torch import Tensor, nn
 
 from diffalign.common.conditioning import Conditioning
 from diffalign.common.errors import UserError
-from diffalign.common.progress import say
 from diffalign.models._base import Model
 from diffalign.models._export import Lora, check_kohya
-from diffalign.models._lora_files import LoraFiles, notes_of
+from diffalign.models._lora_files import LoraFiles
 from diffalign.models._mmdit import KohyaFiles, flux_from_kohya, flux_kohya
 from diffalign.models._parts import quiet_libraries
-from diffalign.models._spec import JOINT_ATTENTION, AdapterSpec, TransformerSpec
+from diffalign.models._spec import JOINT_ATTENTION, TransformerSpec
+from diffalign.models._trained_under import GUIDANCE_NOTE, Setting
 from diffalign.models._transformer import TransformerModel
 
 PACK = 2
 """Latent cells a side that the pipeline packs into one token."""
 GUIDANCE = 3.5
 """The pipeline's own `guidance_scale`."""
-TRAINED_UNDER = "ss_guidance_scale"
-"""The guidance of the training in the metadata of a LoRA; so sd-scripts (48d368f) call it."""
 MOST_TOKENS = 512
 SCHNELL_STEPS = 4
 
@@ -103,7 +101,6 @@ class Flux(TransformerModel):
     def __init__(self, spec: Plugin, device: str = "cpu") -> None:
         super().__init__(spec, device)
         self._ids: dict[tuple[Any, ...], Tensor] = {}
-        self._trained_under: dict[str, float] = {}
         if spec.train_guidance is not None and not self.takes_guidance:
             raise UserError(
                 f"model.train_guidance={spec.train_guidance:g}: {spec.path} has no guidance embedding (as "
@@ -247,67 +244,33 @@ class Flux(TransformerModel):
     # Guidance of training and of drawing
 
     def sample(self, prompts: list[str], seeds: list[int], **options: Any) -> Tensor:
-        """As every backbone's; says so where an adapter was trained under another guidance.
+        """As every backbone's.
 
         Raises:
             UserError: a guidance above 1 for a base that is told none.
         """
         guidance = options.get("guidance_scale")
-        if self.takes_guidance:
-            self._say_other_guidance(GUIDANCE if guidance is None else guidance, "pictures are drawn")
-        elif guidance is not None and guidance > 1.0:
+        if not self.takes_guidance and guidance is not None and guidance > 1.0:
             raise UserError(
                 f"guidance_scale={guidance:g}: {self.spec.path} has no guidance embedding (as FLUX.1-schnell "
                 "has none): leave it out"
             )
         return super().sample(prompts, seeds, **options)
 
-    def _say_other_guidance(self, guidance: float, doing: str) -> None:
-        """Says once of each adapter that it was trained under another guidance than this."""
-        for path, trained in list(self._trained_under.items()):
-            if trained != guidance:
-                say(f"WARNING: {path} was trained under guidance {trained:g}; {doing} under {guidance:g}")
-                del self._trained_under[path]
-
-    def _note_guidance(self, path: str) -> None:
-        """Remembers what the file of an adapter says of its training."""
-        try:
-            self._trained_under[path] = float(notes_of(path)[TRAINED_UNDER])
-        except (KeyError, ValueError):  # a file that does not say
-            return
-
-    def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
-        """Adds a LoRA for generation; several add up, each with its weight."""
-        super().load_adapter(path, weight=weight)
-        self._note_guidance(path)
-
-    def load_policy(self, path: str) -> None:
-        """As every backbone's; says so where the policy was trained under another guidance."""
-        super().load_policy(path)
-        self._note_guidance(path)
+    def training_settings(self) -> dict[str, Setting]:
+        """Also the guidance, of a base that is told one."""
+        settings = super().training_settings()
         if self.train_guidance is not None:
-            self._say_other_guidance(self.train_guidance, "it answers here")
+            settings[GUIDANCE_NOTE] = Setting("model.train_guidance", self.train_guidance)
+        return settings
 
-    def check_training(self, adapter: AdapterSpec) -> None:
-        """As every backbone's; says so where the adapter to start from was trained under another guidance."""
-        super().check_training(adapter)
-        if adapter.init is not None and self.train_guidance is not None:
-            self._note_guidance(adapter.init)
-            self._say_other_guidance(self.train_guidance, "it is trained on")
-
-    def start_training(self, adapter: AdapterSpec, **options: Any) -> None:
-        """As every backbone's; what it draws from now on may be drawn under another guidance than that."""
-        super().start_training(adapter, **options)
-        if self.train_guidance is not None:
-            self._trained_under["the policy"] = self.train_guidance
-
-    def training_notes(self) -> dict[str, str]:
-        """The guidance of the training, which the file of an adapter carries in its metadata."""
-        return {} if self.train_guidance is None else {TRAINED_UNDER: str(self.train_guidance)}
-
-    def kept_notes(self, path: str) -> dict[str, str]:
-        """The guidance that the LoRA at `path` was trained under."""
-        return {key: note for key, note in notes_of(path).items() if key == TRAINED_UNDER}
+    def drawing_settings(self, guidance_scale: float | None) -> dict[str, Setting]:
+        """Also the guidance, of a base that is told one."""
+        settings = super().drawing_settings(guidance_scale)
+        if self.takes_guidance:
+            told = GUIDANCE if guidance_scale is None else guidance_scale
+            settings[GUIDANCE_NOTE] = Setting("guidance_scale", float(told))
+        return settings
 
     @property
     def lora_files(self) -> LoraFiles:

@@ -48,6 +48,7 @@ class Plugin(TransformerSpec):
         "text_encoder_2": ("text_encoders.clip_g.",),
         "text_encoder_3": ("text_encoders.t5xxl.",),
     }
+    left_out_by: ClassVar[dict[str, str]] = {"text_encoder_3": "use_t5", "tokenizer_3": "use_t5"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,14 +74,13 @@ class StableDiffusion3(TransformerModel):
     """Conditioning keys: `prompt_embeds` [B, n + m, c] of CLIP's n and T5's m tokens, `pooled` [B, p]."""
 
     encoder_parts: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    t5_parts = ("text_encoder_3", "tokenizer_3")
     text_widths = ("joint_attention_dim", "pooled_projection_dim")
     kohya_module = "networks.lora_sd3"
     spec: Plugin
 
     def __init__(self, spec: Plugin, device: str = "cpu") -> None:
         if spec.use_t5:
-            self.encoder_parts = (*self.encoder_parts, *self.t5_parts)
+            self.encoder_parts = (*self.encoder_parts, *spec.left_out_by)
         super().__init__(spec, device)
 
     def call(self, network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
@@ -111,12 +111,12 @@ class StableDiffusion3(TransformerModel):
         return {**limits, **({"tokenizer_3": self.spec.max_sequence_length} if self.spec.use_t5 else {})}
 
     def encoder_settings(self) -> dict[str, Any]:
-        """The length that prompts are cut at."""
-        return {"max_sequence_length": self.spec.max_sequence_length}
+        """The length that prompts are cut at, and whether T5 reads them."""
+        return {"max_sequence_length": self.spec.max_sequence_length, "use_t5": self.spec.use_t5}
 
     def pipeline_options(self) -> dict[str, Any]:
         """None in the place of T5 where it is left out."""
-        return {} if self.spec.use_t5 else dict.fromkeys(self.t5_parts)
+        return {} if self.spec.use_t5 else dict.fromkeys(self.spec.left_out_by)
 
     @torch.no_grad()
     def _embed(self, prompts: list[str], negative_prompt: str | None) -> tuple[Conditioning, Conditioning]:

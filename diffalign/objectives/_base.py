@@ -15,6 +15,7 @@ from diffalign.data.records import Record
 from diffalign.data.select import ScoreFacts
 from diffalign.diffusion.denoiser import Denoiser
 from diffalign.diffusion.likelihood import Draws
+from diffalign.diffusion.process import ErrorSpace, Process
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Objective:
         uneven_passes: the setting, if any, by which micro-batches may take different numbers of passes of the
             network.
         needs_labels: whether a pair without a label is of no use.
+        error_space: space of the errors.
+        flow_beta: the beta of public recipes for a flow's velocity errors, where there are some.
     """
 
     unit: ClassVar[Unit]
@@ -57,6 +60,29 @@ class Objective:
     undesirable: ClassVar[bool] = False
     uneven_passes: str | None = None
     needs_labels: bool = True
+    error_space: ErrorSpace = "native"
+    flow_beta: ClassVar[float | None] = None
+
+    def of_velocity(self, process: Process) -> bool:
+        """Whether the errors are those of a flow's velocity."""
+        return process.prediction == "flow" and self.error_space == "native"
+
+    def doubtful_default(self, process: Process) -> str | None:
+        """What to say of a `beta` that is the default and not for such errors; None: nothing.
+
+        The defaults are published for errors of noise. Over equally likely levels, velocity errors that are
+        the same at each are three times as large in the mean (`mapo.Plugin`).
+        """
+        beta = getattr(type(self), "beta", None)  # a default of a dataclass is one of its class too
+        if beta is None or getattr(self, "beta", None) != beta or not self.of_velocity(process):
+            return None
+        instead = "give one for these"
+        if self.flow_beta is not None:
+            instead = f"public recipes of flows use objective.beta={self.flow_beta:g}"
+        return (
+            f"objective.beta={beta:g}, the default, is for errors of noise, and this base's are of velocity, "
+            f"about three times as large: {instead}, or take objective.error_space=epsilon"
+        )
 
     def check_data(self, facts: Mapping[str, ScoreFacts]) -> None:
         """Refuses data whose scores (by scorer's name) this objective cannot use; before anything is read."""

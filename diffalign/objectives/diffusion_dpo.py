@@ -88,6 +88,7 @@ class Plugin(StabilisedPairs):
     auto_beta: AutoBeta | None = None
 
     unit: ClassVar[Literal["pair", "list", "single"]] = "pair"
+    flow_beta: ClassVar[float | None] = 100.0
 
     def __post_init__(self) -> None:
         require_error_space(self.error_space)

@@ -191,11 +191,10 @@ class Plugin(Objective):
         first, second = first_and_second(terms.err)
         flipped = _second_wins(batch, first)
         err_w, err_l = second.where(flipped, first), first.where(flipped, second)
-        of_velocity = denoiser.process.prediction == "flow" and self.error_space == "native"
         options: dict[str, Any] = {
             "beta": self.beta,
             "form": self.form,
-            "snr_value": self.snr_value * (FLOW_SHARE if of_velocity else 1.0),
+            "snr_value": self.snr_value * (FLOW_SHARE if self.of_velocity(denoiser.process) else 1.0),
             "num_train_timesteps": self.num_train_timesteps,
         }
         logs = {

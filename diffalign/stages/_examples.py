@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -142,6 +143,13 @@ class CachedPictures:
     def _refuse_another_base(self, model: Model) -> None:
         facts = self._cache.facts
         if facts["encoders"] != model.encoder_fingerprint():
+            here = model.encoder_recipe()
+            for key, theirs in facts.get("encoder_recipe", {}).items():  # older caches do not say it
+                if here.get(key) != theirs:
+                    raise UserError(
+                        f"cache={self._folder} was made with {key}={_typed(theirs)}, this run has "
+                        f"{_typed(here.get(key))}: give that one, or make another cache"
+                    )
             raise UserError(
                 f"cache={self._folder} was made with other files of VAE or text encoders than the model's: "
                 "make one with this base"
@@ -231,6 +239,11 @@ class OwnPictures:
     def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """How many prompts there were; what was drawn stands in metrics.jsonl."""
         return {"asked": len(self._prompts), "used": len(self._prompts), "dropped": {}}, {}
+
+
+def _typed(value: Any) -> str:
+    """A value of a recipe as a command gives it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def split(encoded: Encoded, validation: ValidationSpec, seed: int) -> tuple[Encoded, Encoded | None]:

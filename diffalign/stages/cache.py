@@ -196,6 +196,7 @@ def _finish(
             "identity": identity,
             "examples": tally.used,
             "encoders": base.encoder_fingerprint(),
+            "encoder_recipe": base.encoder_recipe(),
             "preprocess": recipe["preprocess"],
             **_grid(PreprocessSpec(**recipe["preprocess"]), base),
             "scores": source.score_facts(),

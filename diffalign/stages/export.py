@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from diffalign.common.config import One, make_one, resolved_recipe
 from diffalign.common.errors import UserError, brief, unknown
+from diffalign.models._runs import run_of
 from diffalign.models._spec import DTYPES
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ FORMATS = ("diffusers", "kohya", "merged", "full")
 CARD = "README.md"
 NOT_PUSHED = [".*", "**/.*", "recipe.json", "manifest.json"]
 """Files of the folder that name paths of this machine and serve nobody else."""
-RUN_SAYS = {"base", "recipe", "counts", "summary", "versions"}
-"""What the manifest of a training run holds for the check of the base and for the card."""
 
 
 def export(
@@ -88,7 +87,7 @@ def export(
     _check(recipe, spec)
     _refuse_foreign(Path(out))
     loaded = spec.load()
-    base, run = loaded.fingerprint(), _run_of(adapter)
+    base, run = loaded.fingerprint(), run_of(adapter)
     _check_base(adapter, run, base, other_base)
     text = _card(recipe, base, run)
     if report is not None:
@@ -158,19 +157,6 @@ def _refuse_foreign(folder: Path) -> None:
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if others:
             raise UserError(f"out={folder} holds other files ({others[0]}): choose another folder")
-
-
-def _run_of(adapter: str) -> dict[str, Any] | None:
-    """The manifest of the run that trained an adapter: it lies in the folder above it."""
-    from diffalign.common import manifest
-
-    path = Path(adapter)
-    if not path.exists():
-        return None
-    folder = path if path.is_dir() else path.parent
-    found: Any = manifest.read_manifest(folder.resolve().parent)
-    ours = isinstance(found, dict) and found.get("stage") == "train" and found.keys() >= RUN_SAYS
-    return found if ours else None
 
 
 def _check_base(adapter: str, run: dict[str, Any] | None, base: str, other_base: bool) -> None:

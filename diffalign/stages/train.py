@@ -169,6 +169,10 @@ def _train(
     base = model.fingerprint()
     model.check_timesteps(settings.timesteps)
     model.check_training(settings.adapter)
+    _say_idle_dropout(model, settings)
+    doubt = objective.doubtful_default(model.process)
+    if doubt is not None:
+        progress.say(f"WARNING: {doubt}")
     feed, heldout = examples.prepare(model, accelerator)
     inputs = examples.inputs()
     if settings.reference.store is not None:
@@ -197,6 +201,18 @@ def _train(
             progress.say(f"written: {written}")
         accelerator.wait_for_everyone()
     return summary
+
+
+def _say_idle_dropout(model: Model, settings: Settings) -> None:
+    """Says where part of the training goes to a branch that nothing is drawn from."""
+    from diffalign.common.progress import say
+
+    dropout = settings.loader.caption_dropout
+    if dropout > 0.0 and not model.has_unprompted_branch:
+        say(
+            f"WARNING: loader.caption_dropout={dropout:g} trains the model without a prompt, which is never "
+            "drawn from: set loader.caption_dropout=0"
+        )
 
 
 def _with_store(
@@ -286,7 +302,10 @@ def _examples_of(
     if cache is None:
         return GivenPictures(objective, settings, data)
     if data is not None:
-        raise UserError("data and cache are both set: a cache holds its data, leave data out")
+        raise UserError(
+            f"data and cache={cache} are both set, and a cache holds its own data: leave data out, or set "
+            "cache=null and keep data"
+        )
     return CachedPictures(objective, settings, cache)
 
 

@@ -235,7 +235,15 @@ def test_words_are_read_by_their_type(word: str, value: Any) -> None:
         ("objective=[t_loss]", "objective=[t_loss]: objective: expected one name, from"),
         ("judge.beta=1", "judge.beta=1: judge is null: name it first, judge=NAME"),
         ("scorers=[t_clipp]", "unknown scorer 't_clipp': did you mean 't_clip'?"),
-        ("scorers=[t_clip]", "stage needs scorers.t_clip.path=PATH (see diffalign stage --help)"),
+        (
+            "scorers=[t_clip]",
+            "stage needs scorers.t_clip.path=PATH (see diffalign stage scorers=t_clip --help)",
+        ),
+        (
+            "scorers={a: {name: t_clip}, b: {name: t_clip}, t_plain: {}}",
+            "stage needs scorers.a.path=PATH scorers.b.path=PATH (see diffalign stage "
+            "scorers=[t_clip,t_plain] --help)",
+        ),
         ("scorers.t_clip.pth=x", "unknown key of scorer t_clip 'pth': did you mean 'path'?"),
         ("scorers={t_clip: 5}", "scorers={t_clip: 5}: scorers.t_clip: expected a mapping of its keys"),
         ("scorers=[t_clip", "scorers=[t_clip: not valid YAML: write [name, name] or {name: {key: value}}"),

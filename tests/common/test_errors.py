@@ -21,6 +21,14 @@ def test_nearest_is_none_when_nothing_is_close() -> None:
     assert nearest("xyz", ["beta", "gamma"]) is None
 
 
+def test_nearest_is_close_to_what_was_typed() -> None:
+    """Of the keys of evaluate the nearest to cache is batch_size, by 8 of 15 letters."""
+    assert nearest("cache", ["batch_size", "mode", "data"]) is None
+    assert nearest("rollout", ["out"]) is None
+    assert nearest("dpx", ["dpo", "mapo"]) == "dpo"
+    assert nearest("colour", ["color", "count"]) == "color"
+
+
 def test_interrupted_passes_through_except_exception() -> None:
     assert issubclass(Interrupted, KeyboardInterrupt) and not issubclass(Interrupted, Exception)
     assert Interrupted(15).signal_number == 15

@@ -205,7 +205,7 @@ def test_prompts_are_held_out_as_a_whole() -> None:
     ("share", "counts"), [(1e-9, "3 training and 0 held-out"), (1 - 1e-9, "0 training and 3")]
 )
 def test_a_side_without_examples_is_refused(share: float, counts: str) -> None:
-    with pytest.raises(UserError, match=f"leaves {counts}.*: change the share or bring more data"):
+    with pytest.raises(UserError, match=f"leaves {counts}.* set validation.share=0 to train without"):
         split_by_prompt(encoded_set(3), share, seed=0)
 
 

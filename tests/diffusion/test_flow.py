@@ -114,7 +114,7 @@ def test_shifted_draws_are_the_schedulers_shifted_levels(shift: float) -> None:
     ("options", "message"),
     [
         ({"shift": 0.0}, "timesteps.shift is 0.0: use a value above 0"),
-        ({"kind": "grid", "grid": [1], "shift": 2.0}, "timesteps.shift moves drawn timesteps"),
+        ({"kind": "grid", "grid": [1], "shift": 2.0}, "timesteps.shift means nothing in timesteps.kind=grid"),
     ],
 )
 def test_shifts_that_mean_nothing_are_refused(options: dict[str, object], message: str) -> None:

@@ -174,7 +174,7 @@ def test_the_number_replaces_the_word_and_nothing_else() -> None:
     ("options", "message"),
     [
         ({"shift": 3.0}, r"timesteps.shift=3.0 and timesteps.sampler_shift are both set: leave one out"),
-        ({"kind": "grid", "grid": [1]}, "timesteps.sampler_shift moves drawn timesteps"),
+        ({"kind": "grid", "grid": [1]}, "timesteps.sampler_shift means nothing in timesteps.kind=grid"),
     ],
 )
 def test_settings_that_contradict_it_are_refused(options: dict[str, Any], message: str) -> None:

@@ -92,8 +92,8 @@ def test_the_grid_of_held_out_measures() -> None:
     [
         ({"kind": "unifrom"}, "unknown timesteps.kind 'unifrom': did you mean 'uniform'"),
         ({"kind": "grid"}, "timesteps.grid is empty"),
-        ({"std": 0.0}, "timesteps.std is 0.0: use a value above 0"),
-        ({"std": math.nan}, "timesteps.std is nan"),
+        ({"kind": "logit_normal", "std": 0.0}, "timesteps.std is 0.0: use a value above 0"),
+        ({"kind": "logit_normal", "std": math.nan}, "timesteps.std is nan"),
         ({"low": 5, "high": 5}, "low=5, high=5: use 0 <= low < high"),
         ({"low": -1}, "low=-1"),
         ({"kind": "mode", "scale": 3.0}, "timesteps.scale is 3.0: use a value from -1 to 1.75"),
@@ -103,6 +103,43 @@ def test_the_grid_of_held_out_measures() -> None:
 def test_settings_that_make_no_distribution_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TimestepSpec(**options)
+
+
+GIVEN: dict[str, Any] = {
+    "low": 1,
+    "high": 9,
+    "mean": 1.0,
+    "std": 0.5,
+    "scale": 0.8,
+    "grid": [3],
+    "shift": 3.0,
+}
+DRAWN = {"low", "high", "shift", "sampler_shift"}
+USED = {
+    "uniform": DRAWN,
+    "logit_normal": DRAWN | {"mean", "std"},
+    "mode": DRAWN | {"scale"},
+    "grid": {"grid"},
+}
+
+
+@pytest.mark.parametrize("kind", USED)
+@pytest.mark.parametrize("key", [*GIVEN, "sampler_shift"])
+def test_keys_of_another_kind_are_refused_and_defaults_are_not(kind: str, key: str) -> None:
+    value = GIVEN.get(key, True)
+    needed: dict[str, Any] = {"grid": [3]} if kind == "grid" else {}
+    if key in USED[kind]:
+        assert getattr(TimestepSpec(kind=kind, **{**needed, key: value}), key) == value  # type: ignore[arg-type]
+        return
+    others = " or ".join(name for name, keys in USED.items() if key in keys)
+    with pytest.raises(
+        UserError,
+        match=f"^timesteps.{key} means nothing in timesteps.kind={kind}: leave it out, or use "
+        f"timesteps.kind={others}$",
+    ):
+        TimestepSpec(kind=kind, **needed, **{key: value})  # type: ignore[arg-type]
+    default = getattr(TimestepSpec(), key)
+    assert getattr(TimestepSpec(kind=kind, **needed, **{key: default}), key) == default  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def test_the_dropped_prompt_is_the_branch_that_guidance_uses(backbone: tuple[str
     pipeline = model.pipeline(*model.encoder_parts, "vae", model.network_part)
     settings = {"num_inference_steps": 1, "height": 32, "width": 32, **model.sampling_options()}
     theirs = shown(model, lambda: pipeline("a red ring", guidance_scale=5.0, **settings))
+    assert model.has_unprompted_branch == (len(theirs[0]) == 2)
     if len(theirs[0]) == 1:
         empty = model.encode_prompts([""])
         assert all(torch.equal(dropped[key], empty[key]) for key in dropped)

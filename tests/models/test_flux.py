@@ -379,9 +379,9 @@ def test_drawing_under_another_guidance_is_told_once(
         model.load_adapter(str(tmp_path))
         return model
 
-    line = f"WARNING: {tmp_path} was trained under guidance 1; pictures are drawn under"
-    assert said(None, drawing()) == [f"{line} 3.5"]
-    assert said(4.0, drawing()) == [f"{line} 4"]
+    line = "WARNING: pictures are drawn under guidance_scale={}, which {} was not trained under: give {}"
+    assert said(None, drawing()) == [line.format("3.5", tmp_path, "guidance_scale=1")]
+    assert said(4.0, drawing()) == [line.format("4", tmp_path, "guidance_scale=1")]
     assert said(1.0, drawing()) == []
     assert said(None, loaded(dev)) == []
 
@@ -397,7 +397,8 @@ def test_a_run_that_draws_under_another_guidance_than_its_own_says_so(
         for _ in range(2):
             model.sample(PROMPTS, SEEDS, num_inference_steps=1)
         said = capsys.readouterr().err
-        assert said.count("the policy was trained under guidance 1; pictures are drawn under 3.5") == lines
+        told = "drawn under guidance_scale=3.5, which the policy was not trained under: give guidance_scale=1"
+        assert said.count(told) == lines
 
 
 def test_training_on_and_judging_under_another_guidance_are_told(
@@ -407,9 +408,10 @@ def test_training_on_and_judging_under_another_guidance_are_told(
     for guidance, lines in ((1.0, 0), (None, 1)):
         capsys.readouterr()
         loaded(dev, train_guidance=guidance).load_policy(str(tmp_path))
-        assert capsys.readouterr().err.count("trained under guidance 1; it answers here under 3.5") == lines
+        told = f"under model.train_guidance=3.5, which {tmp_path} was not trained under: give model.train_g"
+        assert capsys.readouterr().err.count(f"pairs are judged {told}uidance=1\n") == lines
         loaded(dev, train_guidance=guidance).check_training(AdapterSpec(init=str(tmp_path)))
-        assert capsys.readouterr().err.count("trained under guidance 1; it is trained on under 3.5") == lines
+        assert capsys.readouterr().err.count(f"training goes on {told}uidance=1\n") == lines
 
 
 @pytest.mark.parametrize("note", ["high", None])
@@ -529,15 +531,18 @@ def test_the_walk_by_command_line(
         "num_steps=2",
         "optimizer.lr=1e-2",
         "timesteps.sampler_shift=true",
+        "loader.caption_dropout=0.5",
     ]
     run("train", "cache=cache", "out=run", *settings)
-    assert "step 0: loss 0.693147 (0.693147 expected), largest |logit| 0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 0: loss 0.693147 (0.693147 expected), largest |logit| 0" in said
+    assert said.count("WARNING: loader.caption_dropout=0.5 trains the model without a prompt, which is ") == 1
     recipe = json.loads((tmp_path / "run" / "manifest.json").read_text())["recipe"]
     assert recipe["model"]["train_guidance"] == 2.0
     drawing = ["adapter=run/adapter", "prompts=[a cat]", "num_inference_steps=2", "device=cpu"]
     capsys.readouterr()
     run("generate", *drawing, "out=drawn")
-    assert "WARNING: run/adapter was trained under guidance 2" in capsys.readouterr().err
+    assert "which run/adapter was not trained under: give guidance_scale=2\n" in capsys.readouterr().err
     run("generate", *drawing, "guidance_scale=2", "out=alike")
     assert "WARNING" not in capsys.readouterr().err
     run("evaluate", "mode=implicit", *data, "adapter=run/adapter", "draws=2", "out=judged")

@@ -106,7 +106,7 @@ def test_another_family(tiny_sd: str, tiny_sdxl: str) -> None:
 
 def test_a_base_without_an_expected_part(copied: Path) -> None:
     edit_json(copied / "model_index.json", vae=[None, None])
-    with pytest.raises(UserError, match="has no vae: it is a StableDiffusionXLPipeline; choose the"):
+    with pytest.raises(UserError, match=r"has no vae: the pipeline is not whole; get all of it$"):
         use("sdxl", str(copied))
 
 
@@ -116,6 +116,13 @@ def test_a_base_without_the_weights_of_a_part(copied: Path) -> None:
         use("sdxl", str(copied))
     (copied / "unet" / "config.json").unlink()
     with pytest.raises(UserError, match="cannot read the unet config of"):
+        use("sdxl", str(copied))
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "tokenizer_2", "scheduler"])
+def test_a_base_without_the_folder_of_a_part(part: str, copied: Path) -> None:
+    shutil.rmtree(copied / part)
+    with pytest.raises(UserError, match=rf"^{copied / part} does not exist: get the whole pipeline$"):
         use("sdxl", str(copied))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffalign.common import draws
 from diffalign.common.errors import UserError
+from diffalign.common.manifest import recipe_identity
 from diffalign.models import _ldm, load_model
 from diffalign.models._lora_files import notes_of
 from diffalign.models._spec import JOINT_ATTENTION, AdapterSpec
@@ -26,6 +27,7 @@ from tests.tiny_training import perturb
 KEYS = [("a red ring", 0), ("two cats on a mat", 1)]
 LENGTH = 12
 ALL = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+T5, NO = ("text_encoder_3", "tokenizer_3"), [None, None]
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +121,40 @@ def test_without_t5_prompts_are_encoded_without_building_the_transformer(
 def test_a_pipeline_without_t5(base: str, tmp_path: Path) -> None:
     path = str(shutil.copytree(base, tmp_path / "small"))
     index = Path(path, "model_index.json")
-    gone = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    index.write_text(json.dumps({**json.loads(index.read_text()), **gone}))
-    with pytest.raises(UserError, match="has no text_encoder_3, tokenizer_3"):
-        ours(path)
+    whole = json.loads(index.read_text())
+    told = "has no text_encoder_3, tokenizer_3: the pipeline is not whole; get all of it; or give model.use_t"
+    for gone in (
+        {name: whole[name] for name in whole if name[-2:] != "_3"},
+        {**whole, **dict.fromkeys(T5, NO)},
+    ):
+        index.write_text(json.dumps(gone))
+        with pytest.raises(UserError, match=told):
+            ours(path)
     assert torch.equal(drawn_by_us(ours(path, use_t5=False)), drawn_by_us(ours(base, use_t5=False)))
+
+
+def test_what_is_not_t5_cannot_be_left_out(base: str, tmp_path: Path) -> None:
+    path = str(shutil.copytree(base, tmp_path / "small"))
+    index = Path(path, "model_index.json")
+    whole = json.loads(index.read_text())
+    index.write_text(json.dumps({**whole, **dict.fromkeys(T5, NO), "tokenizer_2": NO}))
+    with pytest.raises(UserError, match=r"has no .*: the pipeline is not whole; get all of it$"):
+        ours(path)
+    index.write_text(json.dumps({**whole, **dict.fromkeys(T5, NO), "_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match="tokenizer_3: it is a FluxPipeline; choose the model name that fits"):
+        ours(path)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3", "tokenizer_3"])
+def test_a_pipeline_without_the_folder_of_an_encoder(part: str, base: str, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(base, tmp_path / "small"))
+    shutil.rmtree(path / part)
+    remedy = "; or give model.use_t5=false" if part in T5 else ""
+    told = f"^{path / part} does not exist: get the whole pipeline{remedy}$"
+    with pytest.raises(UserError, match=told):
+        ours(str(path)).encode_prompts(["a ring"])
+    if part in T5:
+        assert len(ours(str(path), use_t5=False).encode_prompts(["a ring"])["pooled"]) == 1
 
 
 def test_a_shift_that_goes_with_the_size(tmp_path: Path) -> None:
@@ -151,6 +182,11 @@ def test_a_cache_is_of_one_length_of_prompts(base: str) -> None:
     """The network is the same one, and so are its adapters."""
     short, long = ours(base), ours(base, max_sequence_length=LENGTH + 1)
     assert short.encoder_fingerprint() != long.encoder_fingerprint()
+    for use_t5 in (True, False):  # the parts say which: so caches of earlier versions have it
+        model = ours(base, use_t5=use_t5)
+        parts = {name: model.parts.identity(name) for name in (*model.encoder_parts, "vae")}
+        wanted = recipe_identity({"parts": recipe_identity(parts), "max_sequence_length": LENGTH})
+        assert model.encoder_fingerprint() == wanted
     assert short.fingerprint() == long.fingerprint()
     embeds = long.encode_prompts(["a ring"])["prompt_embeds"]
     assert embeds.shape == (1, 77 + LENGTH + 1, 40)

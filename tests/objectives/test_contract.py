@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from diffalign.common import plugins
@@ -35,6 +36,10 @@ def at_the_reference(folder: str, prediction: str) -> Any:
     if prediction == "flow":
         model.denoiser.process = Process.flow(1000)
     return model
+
+
+def process_of(prediction: str) -> Process:
+    return Process.from_scheduler(DDPMScheduler(prediction_type=prediction))
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +177,26 @@ def test_errors_of_noise_say_nothing_where_a_flow_ends(name: str, model: Any) ->
     if objective.uses_reference:
         expected = objective.loss_at_reference(output)
         assert output.loss.mean().item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_default_beta_for_errors_of_noise_is_doubted_on_those_of_velocity(name: str) -> None:
+    objective = an_objective(name)
+    flow, others = Process.flow(1000), [process_of("epsilon"), process_of("v_prediction")]
+    said = objective.doubtful_default(flow)
+    if getattr(type(objective), "beta", None) is None:  # none, or always given
+        assert said is None and name in ("mapo", "sft")
+        return
+    instead = (
+        "public recipes of flows use objective.beta=100" if name == "diffusion_dpo" else "give one for these"
+    )
+    assert said == (
+        f"objective.beta={objective.beta:g}, the default, is for errors of noise, and this base's are of "
+        f"velocity, about three times as large: {instead}, or take objective.error_space=epsilon"
+    )
+    assert all(objective.doubtful_default(process) is None for process in others)
+    for options in ({"error_space": "epsilon"}, {"error_space": "x0"}, {"beta": 100.0}):
+        assert an_objective(name, **options).doubtful_default(flow) is None, options
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])

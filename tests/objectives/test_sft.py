@@ -59,5 +59,5 @@ def test_a_flow_by_hand() -> None:
 
 def test_what_it_is() -> None:
     assert Plugin.unit == "single" and not Plugin.uses_reference
-    with pytest.raises(UserError, match=r"unknown objective\.error_space 'xO': did you mean 'x0'"):
-        Plugin(error_space="xO")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"unknown objective\.error_space 'epsilom': did you mean 'epsilon'"):
+        Plugin(error_space="epsilom")  # type: ignore[arg-type]

@@ -227,7 +227,10 @@ def test_a_disk_that_is_too_small_is_told_first(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("data=pickapic", "data.path=x.parquet"), "data and cache are both set"),
+        (
+            ("data=pickapic", "data.path=x.parquet"),
+            "are both set, and a cache holds its own data: leave data out, or set cache=null and keep data",
+        ),
         (("preprocess.flip=true",), "preprocess is that of the cache: leave it out"),
         (("objective=smpo",), "score"),
     ],

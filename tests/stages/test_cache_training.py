@@ -23,6 +23,7 @@ from diffalign.data.specs import LoaderSpec
 from diffalign.models._parts import Parts
 from diffalign.models.pixart import PixArt as PixArtModel
 from diffalign.models.pixart import Plugin as PixArt
+from diffalign.models.sd3 import Plugin as SD3
 from tests.tiny_training import picture
 
 SCORER = {"scale": "cosine", "version": "1"}
@@ -250,6 +251,39 @@ def test_the_preprocessing_of_the_cache_may_be_said_again(
     words = ["train", "model=sdxl", f"model.path={tiny_sdxl}", f"cache={cache}", f"out={tmp_path / 'no'}"]
     assert cli.main([*words, "preprocess.max_crop=0.5"]) == 2
     assert "preprocess is that of the cache: leave it out" in capsys.readouterr().err
+
+
+def test_what_a_cache_was_made_with_is_named(
+    data: Path, tiny_sdxl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Model, length and T5, before files; one made before these were kept is refused and read as ever."""
+    base = SD3.tiny(tmp_path / "base").path
+    words = ["train", "model=sd3", f"model.path={base}", f"out={tmp_path / 'no'}"]
+    length, no_t5 = "model.max_sequence_length=12", "model.use_t5=false"
+    caches = {
+        "sdxl": make(data, "pairs", "sdxl", tiny_sdxl, tmp_path / "sdxl"),
+        "t5": make(data, "pairs", "sd3", base, tmp_path / "t5", length),
+        "bare": make(data, "pairs", "sd3", base, tmp_path / "bare", length, no_t5),
+    }
+    for name, given, told in (
+        ("sdxl", [length], "model=sdxl, this run has sd3: give that one, or make another cache"),
+        ("t5", [], "model.max_sequence_length=12, this run has 256: give that one, or make another cache"),
+        (
+            "t5",
+            [length, no_t5],
+            "model.use_t5=true, this run has false: give that one, or make another cache",
+        ),
+        ("bare", [length], "model.use_t5=false, this run has true: give that one, or make another cache"),
+    ):
+        assert cli.main([*words, f"cache={caches[name]}", *given]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line == f"error: cache={caches[name]} was made with {told}"
+    known = files.read_json(caches["bare"] / "manifest.json")
+    del known["cache"]["encoder_recipe"]
+    files.write_json(caches["bare"] / "manifest.json", known)
+    assert cli.main([*words, f"cache={caches['bare']}", length]) == 2
+    assert "made with other files of VAE or text encoders than the model's" in capsys.readouterr().err
+    assert train("sd3", base, tmp_path / "run", f"cache={caches['bare']}", length, no_t5)
 
 
 def test_a_base_of_another_size_with_the_same_encoders_is_refused(

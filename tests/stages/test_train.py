@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign import cli
-from diffalign.common import files
+from diffalign.common import files, plugins
+from diffalign.models.sd3 import Plugin as SD3
 from diffalign.stages.train import train
 from diffalign.training.specs import Settings
 from tests.pickapic_files import jpeg, row, write
@@ -146,6 +147,36 @@ def test_the_layers_that_are_trained_stand_in_the_recipe(
     assert "adapter.targets=['to_q'] (there: ['to_q', 'to_k', 'to_v', 'to_out.0'])" in told
 
 
+@pytest.mark.parametrize("family", ["sd3", "pixart"])
+def test_an_adapter_of_another_family_is_told_by_the_run_beside_it(
+    family: str, finished: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In drawing, judging and training on; without its run, or beside another's, by what it holds."""
+    base: Any = plugins.get("models", family)
+    model = [f"model={family}", f"model.path={base.tiny(tmp_path / 'base').path}"]
+    data = ["data=pickapic", f"data.path={pairs}", "data.max_bad_share=0.2"]
+
+    def told(adapter: Path) -> set[str]:
+        drawing = ["generate", *model, f"adapter={adapter}", "prompts=[a cat]", f"out={tmp_path / 'no'}"]
+        judging = ["evaluate", "mode=implicit", *model, *data, f"adapter={adapter}", f"out={tmp_path / 'no'}"]
+        training = ["train", *model, *data, f"adapter.init={adapter}", f"out={tmp_path / 'no'}"]
+        return {refused(capsys, arguments) for arguments in (drawing, judging, training)}
+
+    (line,) = told(finished / "adapter")
+    assert line == (
+        f"error: adapter {finished / 'adapter'} is of another family: it was trained with model=sdxl; give "
+        "that model, or an adapter of this one"
+    )
+    shutil.copytree(finished / "adapter", tmp_path / "run" / "adapter")
+    known = files.read_json(finished / "manifest.json")
+    known["recipe"]["model"]["name"] = "of_no_name"
+    for content in (None, ["x"], {**known, "recipe": "x"}, known):
+        if content is not None:
+            files.write_json(tmp_path / "run" / "manifest.json", content)
+        (line,) = told(tmp_path / "run" / "adapter")
+        assert "trained with" not in line and ("has no place for its" in line or "cannot read the" in line)
+
+
 def test_an_unfinished_run_of_another_recipe_is_refused_before_anything_is_loaded(
     finished: Path, tiny_sdxl: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,7 +245,12 @@ def test_a_base_or_an_adapter_that_changed_is_not_gone_on_with(
         ("shard=true objective=smpo", "with objective=smpo and objective.inversion=renoise: use another"),
         ("shard=true objective=dragon", "with objective=dragon and pictures of its own: use another"),
         ("shard=true", "over several processes, and this is one: start it with torchrun"),
-        ("validation.share=0.0001", "leaves 6 training and 0 held-out examples"),
+        (
+            "validation.share=0.0001",
+            "leaves 6 training and 0 held-out examples: change the share, bring more data, or set "
+            "validation.share=0 to train without",
+        ),
+        ("timesteps.mean=1.0", "timesteps.mean means nothing in timesteps.kind=uniform: leave it out"),
         ("data.max_bad_share=0.05", "max_bad_share=0.05"),
         ("model.vae=/nowhere", "model.vae /nowhere does not exist"),
         ("model=sd", "use model=sdxl"),
@@ -251,6 +287,18 @@ def test_what_the_recipe_alone_shows_is_said_before_a_picture_is_encoded(
 ) -> None:
     assert cli.main(words(tiny_sdxl, pairs, tmp_path / "out", *more.split())) == 2
     assert "encode" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "times"), [([], 1), (["objective.beta=100"], 0)])
+def test_a_default_beta_on_velocity_errors_is_told_before_a_picture_is_encoded(
+    more: list[str], times: int, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = SD3.tiny(tmp_path / "sd3").path
+    too_few = ["model=sd3", "validation.share=0.0001"]  # ends the run after encoding
+    assert cli.main(words(base, pairs, tmp_path / "out", *too_few, *more)) == 2
+    told, _, _ = capsys.readouterr().err.partition("encode")
+    assert told.count("WARNING: objective.beta=5000, the default, is for errors of noise") == times
+    assert told.count("objective.beta") == 2 * times  # and what public recipes use
 
 
 def test_held_out_pairs_that_are_all_ties_are_refused(
