@@ -144,8 +144,10 @@ def preferences(out: Path, size: walk.Size, seed: int) -> Path:
 def as_markdown(report: dict[str, Any]) -> str:
     """The tables for people."""
     title = "The demo, on tuning prompts" if report["settings"]["tune"] else "The demo, on held-out prompts"
-    model = report["settings"]["model"]
-    lines = reporting.head(title, f"python scripts/accept_demo.py --model {model} --out runs/{model}")
+    model, options = report["settings"]["model"], " --no-sft" if report["settings"]["no_sft"] else ""
+    lines = reporting.head(
+        title, f"python scripts/accept_demo.py --model {model}{options} --out runs/{model}"
+    )
     lines += ["Settings: " + ", ".join(f"{name} {value}" for name, value in shown(report).items()) + ".", ""]
     lines += ["Each cell: the base's share, and the difference with its 95 % interval over prompts.", ""]
     lines += ["| pictures | win rate | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 2) + "|"]
