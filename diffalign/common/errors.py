@@ -6,8 +6,10 @@ import difflib
 import socket
 from collections.abc import Iterable
 
-ALIKE = 0.65
-"""Share of letters in common from which one name may be meant for another: one of three may be wrong."""
+ALIKE = 0.61
+"""Share of letters in common from which one name may be meant for another: `limit` for `drift_limit` (0.63),
+not `split` for `limit` (0.6).
+"""
 
 
 class UserError(ValueError):

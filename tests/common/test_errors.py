@@ -25,6 +25,7 @@ def test_nearest_is_close_to_what_was_typed() -> None:
     """Of the keys of evaluate the nearest to cache is batch_size, by 8 of 15 letters."""
     assert nearest("cache", ["batch_size", "mode", "data"]) is None
     assert nearest("rollout", ["out"]) is None
+    assert nearest("split", ["limit"]) is None
     assert nearest("dpx", ["dpo", "mapo"]) == "dpo"
     assert nearest("colour", ["color", "count"]) == "color"
 

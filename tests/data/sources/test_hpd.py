@@ -164,7 +164,7 @@ def test_other_layouts_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"fits several layouts: choose data\.layout=v2_pairs or v2_lists"):
         list(Plugin(both).records())
     assert [len(record.candidates) for record in Plugin(both, layout="v2_lists").records()] == [3]
-    with pytest.raises(UserError, match=r"unknown data\.layout 'v2': did you mean"):
+    with pytest.raises(UserError, match=r"unknown data\.layout 'v2': known: auto, v2_lists"):
         Plugin(both, layout="v2")
     with pytest.raises(UserError, match=r"is a folder: give one of x\.json$"):
         list(Plugin(str(tmp_path)).records())
