@@ -137,6 +137,31 @@ def test_the_folder_is_a_stable_diffusion_3_pipeline(built: Path) -> None:
     assert "sd3 3: accuracy" in log and "sd3 6: accuracy" in log
 
 
+def test_features_of_a_picture_teach_the_blocks_up_to_theirs(built: Path) -> None:
+    from scripts.tiny.sd3 import Representation, new_transformer
+
+    torch.manual_seed(0)
+    settings = Settings().small()
+    transformer = new_transformer(settings)
+    representation = Representation(settings, transformer, built / "tiny-clip")
+    with representation.heard() as tokens:
+        transformer(
+            hidden_states=torch.randn(2, 4, 16, 16),
+            timestep=torch.tensor([100.0, 900.0]),
+            encoder_hidden_states=torch.randn(2, 5, settings.t5_width),
+            pooled_projections=torch.randn(2, 2 * settings.pooled_width),
+        )
+    (heard,) = tokens
+    assert heard.shape == (2, 64, settings.sd3_width)  # a token for each patch of 8 px, as tiny-clip has
+    away = representation.loss(heard, torch.rand(2, 3, 64, 64) * 2 - 1)
+    assert 0.0 < away.item() < 2.0
+    away.backward()
+    first, second = transformer.transformer_blocks[:2]
+    assert first.attn.to_q.weight.grad is not None and second.attn.to_q.weight.grad is None
+    assert all(weight.grad is None for weight in representation.encoder.parameters())
+    assert all(weight.grad is not None for weight in representation.projector.parameters())
+
+
 def test_the_latents_of_sd3_are_shifted_and_scaled_to_a_unit_normal(built: Path) -> None:
     latents = torch.from_numpy(np.load(built / "work" / "sd3" / "latents.npy"))
     assert abs(float(latents.mean())) < 0.01 and float(latents.std()) == pytest.approx(1.0, abs=0.02)
