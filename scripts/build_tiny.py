@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, help="folder for the two models and for work/")
+    parser.add_argument("--out", required=True, help="folder for the models and for work/")
     parser.add_argument("--minutes", type=float, default=90.0, help="stop (saved) after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -169,10 +169,7 @@ def _train(
     base = model.fingerprint()
     model.check_timesteps(settings.timesteps)
     model.check_training(settings.adapter)
-    _say_idle_dropout(model, settings)
-    doubt = objective.doubtful_default(model.process)
-    if doubt is not None:
-        progress.say(f"WARNING: {doubt}")
+    _say_doubts(model, objective, settings)
     feed, heldout = examples.prepare(model, accelerator)
     inputs = examples.inputs()
     if settings.reference.store is not None:
@@ -203,8 +200,8 @@ def _train(
     return summary
 
 
-def _say_idle_dropout(model: Model, settings: Settings) -> None:
-    """Says where part of the training goes to a branch that nothing is drawn from."""
+def _say_doubts(model: Model, objective: Objective, settings: Settings) -> None:
+    """Says where a default is meant for other errors, and where training goes to what is never drawn from."""
     from diffalign.common.progress import say
 
     dropout = settings.loader.caption_dropout
@@ -213,6 +210,9 @@ def _say_idle_dropout(model: Model, settings: Settings) -> None:
             f"WARNING: loader.caption_dropout={dropout:g} trains the model without a prompt, which is never "
             "drawn from: set loader.caption_dropout=0"
         )
+    doubt = objective.doubtful_default(model.process)
+    if doubt is not None:
+        say(f"WARNING: {doubt}")
 
 
 def _with_store(

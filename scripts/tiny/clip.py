@@ -27,7 +27,7 @@ from diffalign.scenes import (
     sample_scene,
 )
 from scripts.tiny.bank import Bank
-from scripts.tiny.loop import Clock, Plan, train
+from scripts.tiny.loop import Clock, plan_of, train
 from scripts.tiny.settings import Settings
 from scripts.tiny.tokenizer import load_tokenizer, save_tokenizer
 
@@ -138,17 +138,8 @@ def build_clip(settings: Settings, bank: Bank, out: Path, clock: Clock) -> Path:
     config = model_config(settings, len(tokenizer))
     torch.manual_seed(settings.seed)
     model = CLIP(**config)
-    plan = Plan(
-        name="clip",
-        steps=settings.clip_steps,
-        lr=settings.clip_lr,
-        seed=settings.seed,
-        ema=0.99,
-        warmup=100,
-        weight_decay=0.05,
-        bf16=settings.bf16,
-        save_every_seconds=settings.save_every_seconds,
-    )
+    own = {"ema": 0.99, "warmup": 100, "weight_decay": 0.05}
+    plan = plan_of(settings, "clip", steps=settings.clip_steps, lr=settings.clip_lr, **own)
     loss = Contrast(settings, model, bank, tokenizer)
     averaged = train(plan, nn.ModuleDict({"clip": model}), loss, folder=out / "work", clock=clock)
     folder = _export(averaged["clip"], config, tokenizer, out)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.common.draws import seed_of
+from scripts.tiny.settings import Settings
 
 
 class OutOfTime(Exception):
@@ -80,6 +81,19 @@ class Plan:
             return [(adamw, self.lr)]
         muon = torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=self.weight_decay)
         return [(adamw, self.lr), (muon, self.muon_lr)]
+
+
+def plan_of(settings: Settings, name: str, *, steps: int, lr: float, **own: Any) -> Plan:
+    """The plan of a part, with what the settings say for every part; `own`: other fields of `Plan`."""
+    return Plan(
+        name=name,
+        steps=steps,
+        lr=lr,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        save_every_seconds=settings.save_every_seconds,
+        **own,
+    )
 
 
 def save_file(state: Any, path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scripts.tiny.bank import Bank
-from scripts.tiny.loop import Clock, Plan
+from scripts.tiny.loop import Clock, plan_of
 from scripts.tiny.parts import Trained, token_ids
 from scripts.tiny.settings import Settings
 from scripts.tiny.tokenizer import END, load_tokenizer, t5_tokenizer
@@ -242,14 +242,12 @@ def build_sd3(settings: Settings, bank: Bank, out: Path, clock: Clock, *, step: 
     )
     trained.say_sizes(clock)
     if step is None:
-        plan = Plan(
-            name="sd3",
+        plan = plan_of(
+            settings,
+            "sd3",
             steps=settings.sd3_steps,
-            horizon=settings.sd3_horizon,
             lr=settings.sd3_lr,
-            seed=settings.seed,
-            bf16=settings.bf16,
-            save_every_seconds=settings.save_every_seconds,
+            horizon=settings.sd3_horizon,
             keep_every=settings.keep_every,
             muon_in="transformer.transformer_blocks.",
             muon_lr=settings.sd3_muon_lr,

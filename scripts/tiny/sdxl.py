@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.tiny.bank import Bank
-from scripts.tiny.loop import Clock, Plan
+from scripts.tiny.loop import Clock, plan_of
 from scripts.tiny.parts import Trained, token_ids
 from scripts.tiny.settings import Settings
 from scripts.tiny.tokenizer import LENGTH, load_tokenizer
@@ -189,14 +189,12 @@ def _train_unet(
 ) -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
-    plan = Plan(
-        name="unet",
+    plan = plan_of(
+        settings,
+        "unet",
         steps=settings.unet_steps,
-        horizon=settings.unet_horizon,
         lr=settings.unet_lr,
-        seed=settings.seed,
-        bf16=settings.bf16,
-        save_every_seconds=settings.save_every_seconds,
+        horizon=settings.unet_horizon,
         keep_every=settings.keep_every,
     )
     modules = trained.modules()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.tiny.bank import Bank
-from scripts.tiny.loop import Clock, Plan, train
+from scripts.tiny.loop import Clock, plan_of, train
 from scripts.tiny.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,16 +63,7 @@ def train_vae(settings: Settings, bank: Bank, folder: Path, clock: Clock) -> Aut
         l1, l2 = error.abs().mean(), (error**2).mean()
         return l1 + 2 * l2 + settings.kl_weight * kl, {"l1": l1.item(), "mse": l2.item(), "kl": kl.item()}
 
-    plan = Plan(
-        name="vae",
-        steps=settings.vae_steps,
-        lr=settings.vae_lr,
-        seed=settings.seed,
-        ema=0.99,
-        warmup=60,
-        bf16=settings.bf16,
-        save_every_seconds=settings.save_every_seconds,
-    )
+    plan = plan_of(settings, "vae", steps=settings.vae_steps, lr=settings.vae_lr, ema=0.99, warmup=60)
     trained: AutoencoderKL = train(plan, modules, loss_of_step, folder=folder, clock=clock)["vae"]  # type: ignore
     with torch.no_grad():
         sample = torch.cat(
@@ -125,16 +116,8 @@ def sharpen_decoder(
         l1, l2 = error.abs().mean(), (error**2).mean()
         return l1 + 2 * l2 + 0.5 * edges, {"l1": l1.item(), "edges": edges.item()}
 
-    plan = Plan(
-        name="decoder",
-        steps=settings.decoder_steps,
-        lr=settings.vae_lr / 2,
-        seed=settings.seed,
-        ema=0.99,
-        warmup=40,
-        bf16=settings.bf16,
-        save_every_seconds=settings.save_every_seconds,
-    )
+    lr = settings.vae_lr / 2
+    plan = plan_of(settings, "decoder", steps=settings.decoder_steps, lr=lr, ema=0.99, warmup=40)
     trained = train(plan, modules, loss_of_step, folder=folder, clock=clock)
     modules.load_state_dict(trained.state_dict())
     modules.eval().requires_grad_(False)
