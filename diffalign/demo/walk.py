@@ -86,6 +86,9 @@ the base is at its best, less than half of the gain is left.
 """
 
 WHOLE_SD3 = Size(base="tiny-sd3", low=0)
+"""On 150 tuning prompts (accuracy of the base 0.38): win rate 0.590 and accuracy 0.507 over all timesteps,
+0.573 and 0.460 over those from 400 on.
+"""
 
 SIZES = {"tiny-sdxl": WHOLE, "tiny-sd3": WHOLE_SD3}
 """The whole walk of each embedded model."""
