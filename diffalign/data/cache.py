@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -171,21 +171,22 @@ class Cache:
         undesirable: bool = False,
         reject: Callable[[Record], str | None] | None = None,
         unlabelled: bool = False,
+        ties: Literal["drop", "soft"] = "soft",
         limit: int | None = None,
     ) -> tuple[CachedSet, Tally]:
         """The groups that an objective can use, and the tally of the others; arguments of `UsableGroups`.
 
-        Ties are there when the cache was made with data.ties=soft; they are used for pairs.
+        Ties are there when the cache was made with data.ties=soft; they are of use for pairs alone.
         """
         if unit == "pair" and reject is None and not unlabelled:
-            return self._choose_pairs(limit)
+            return self._choose_pairs(ties, limit)
         groups = UsableGroups(
             (replace(self.record(row), extra={_ROW: row}) for row in range(len(self))),
             unit=unit,
             undesirable=undesirable,
             reject=reject,
             unlabelled=unlabelled,
-            ties="soft" if unit == "pair" else "drop",
+            ties=ties if unit == "pair" else "drop",
             max_bad_share=1.0,
             limit=limit,
             opens=False,
@@ -201,15 +202,17 @@ class Cache:
             names,
         ), groups.tally
 
-    def _choose_pairs(self, limit: int | None) -> tuple[CachedSet, Tally]:
+    def _choose_pairs(self, ties: Literal["drop", "soft"], limit: int | None) -> tuple[CachedSet, Tally]:
         """What `choose` does with labelled pairs, of a million in less than a second."""
         targets = self.tables["target"]
         is_pair = self.tables["candidates"] == 2
-        good = np.flatnonzero(is_pair & np.isfinite(targets))[:limit]
+        is_tie = (targets == 0.5) & (ties == "drop")
+        good = np.flatnonzero(is_pair & np.isfinite(targets) & ~is_tie)[:limit]
         end = len(self) if limit is None or len(good) < limit else int(good[-1]) + 1
         tally = Tally(what=str(self.folder), asked=end, used=len(good))
         for row in np.setdiff1d(np.arange(end), good).tolist():
-            tally.drop("unlabelled" if is_pair[row] else "not_a_pair", self.record(row).id)
+            undecided = "tie" if is_tie[row] else "unlabelled"
+            tally.drop(undecided if is_pair[row] else "not_a_pair", self.record(row).id)
         tally.refuse_if_too_many(1.0)
         tally.refuse_if_empty()
         return CachedSet(self, good, np.full(len(good), -1), targets[good].astype(np.float64)), tally

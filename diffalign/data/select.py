@@ -162,7 +162,7 @@ class UsableGroups:
     ) -> None:
         check_ties(ties)
         check_share(max_bad_share)
-        if ties == "soft" and unit != "pair":
+        if ties == "soft" and unit not in ("pair", "any"):
             raise UserError(f"data.ties=soft needs pairs, the objective trains on {unit} images: use drop")
         self.tally = Tally(what=what)
         self._records = records

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffalign.common.config import make_many, make_one
 from diffalign.common.errors import UserError
 from diffalign.common.plugins import plugin_name
-from diffalign.data.specs import PreprocessSpec
 from diffalign.training.specs import Settings, ValidationSpec
 
 if TYPE_CHECKING:
@@ -100,14 +98,11 @@ class CachedPictures:
     """
 
     def __init__(self, objective: Objective, settings: Settings, folder: str) -> None:
-        from diffalign.data.cache import open_cache
         from diffalign.data.select import ScoreFacts
+        from diffalign.stages._cached import open_for
 
-        self._objective, self._settings, self._folder = objective, settings, folder
-        self._cache = open_cache(folder)
-        theirs = PreprocessSpec(**self._cache.facts["preprocess"])
-        if settings.preprocess.decides() not in (PreprocessSpec().decides(), theirs.decides()):
-            raise UserError("preprocess is that of the cache: leave it out, or make another cache with it")
+        self._objective, self._settings = objective, settings
+        self._cache = open_for(folder, settings.preprocess)
         kept = self._cache.facts["posterior"]
         if settings.loader.posterior == "sample" and kept == "mean":
             raise UserError(f"cache={folder} keeps means of latents only: set loader.posterior=mean")
@@ -118,15 +113,18 @@ class CachedPictures:
 
     def inputs(self) -> dict[str, Path | str]:
         """The cache, by what it was made of."""
-        return {"cache": f"cache {self._cache.facts['identity']}"}
+        from diffalign.stages import _cached
+
+        return _cached.inputs(self._cache)
 
     def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, Encoded | None]:
         """Chooses the groups and splits off the held-out pairs; encodes nothing."""
         from diffalign.common.progress import say
         from diffalign.objectives._base import Objective
+        from diffalign.stages._cached import refuse_another_base
         from diffalign.training.feed import Offline
 
-        self._refuse_another_base(model)
+        refuse_another_base(self._cache, model)
         objective, settings = self._objective, self._settings
         takes_all = type(objective).reject is Objective.reject
         chosen, self._tally = self._cache.choose(
@@ -139,32 +137,6 @@ class CachedPictures:
         say(f"{len(chosen)} examples of {self._tally.asked} rows; dropped: {self._tally.reasons()}")
         train_set, heldout = split(chosen, settings.validation, settings.seed)
         return Offline(train_set, settings, model.process, objective.noise), heldout
-
-    def _refuse_another_base(self, model: Model) -> None:
-        facts = self._cache.facts
-        if facts["encoders"] != model.encoder_fingerprint():
-            here = model.encoder_recipe()
-            for key, theirs in facts.get("encoder_recipe", {}).items():  # older caches do not say it
-                if here.get(key) != theirs:
-                    raise UserError(
-                        f"cache={self._folder} was made with {key}={_typed(theirs)}, this run has "
-                        f"{_typed(here.get(key))}: give that one, or make another cache"
-                    )
-            raise UserError(
-                f"cache={self._folder} was made with other files of VAE or text encoders than the model's: "
-                "make one with this base"
-            )
-        if facts["size_multiple"] % model.size_multiple:
-            raise UserError(
-                f"cache={self._folder} has sides that are multiples of {facts['size_multiple']}, the model's "
-                f"network needs multiples of {model.size_multiple}: make one with this base"
-            )
-        made, own = facts["resolution"], model.default_resolution
-        if facts["preprocess"]["resolution"] is None and made != own:
-            raise UserError(
-                f"cache={self._folder} was made at another base's {made} pixels, the model's are {own}: make "
-                f"one with this base, or say preprocess.resolution={made} when making it"
-            )
 
     def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """The tally of the rows of the cache."""
@@ -239,11 +211,6 @@ class OwnPictures:
     def counts(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """How many prompts there were; what was drawn stands in metrics.jsonl."""
         return {"asked": len(self._prompts), "used": len(self._prompts), "dropped": {}}, {}
-
-
-def _typed(value: Any) -> str:
-    """A value of a recipe as a command gives it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def split(encoded: Encoded, validation: ValidationSpec, seed: int) -> tuple[Encoded, Encoded | None]:

@@ -9,11 +9,15 @@ from diffalign.common import files, manifest
 from diffalign.common.errors import UserError
 from diffalign.common.progress import Progress
 from diffalign.common.statistics import Interval, bootstrap_interval
+from diffalign.data.cache import Cache
 from diffalign.data.encoded import Encoded
 from diffalign.data.encoding import encode
 from diffalign.data.sources._base import Source
 from diffalign.data.specs import PreprocessSpec
+from diffalign.data.tally import Tally
+from diffalign.models._base import Model
 from diffalign.models._spec import ModelSpec
+from diffalign.stages import _cached
 from diffalign.stages._run import claim_folder
 from diffalign.training.implicit import PairJudgement, accuracy, judge
 from diffalign.training.setup import accelerator_for
@@ -21,27 +25,28 @@ from diffalign.training.setup import accelerator_for
 ROWS_FILE, SUMMARY_FILE = "implicit.jsonl", "implicit.json"
 
 
-def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source, out: Path) -> Path:
+def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, pairs: Source | Cache, out: Path) -> Path:
     """Returns the path of `implicit.json`; beside it are `implicit.jsonl`, one row a pair, and the manifest.
 
     Args:
         recipe: the resolved recipe; `adapter`, `preprocess`, `draws`, `precision` and `limit` are read here.
         model: the base.
-        data: preference pairs; ties are left out.
+        pairs: preference pairs, to be encoded or from a cache; ties are left out.
         out: folder for the files.
 
     Raises:
-        UserError: no adapter, an adapter for another base, no decided pair.
+        UserError: no adapter, an adapter or a cache for another base, no decided pair.
     """
     num_draws = recipe["draws"]
     if num_draws < 1:
         raise UserError(f"draws={num_draws}: use 1 or more (8 by default)")
+    if recipe["limit"] is not None and recipe["limit"] < 1:
+        raise UserError(f"limit={recipe['limit']}: use 1 or more, or leave it out")
     preprocess = PreprocessSpec(**recipe["preprocess"])
     accelerator = accelerator_for(recipe["precision"])
     backbone = model.load(str(accelerator.device))
     backbone.check_policy(recipe["adapter"])
-    pairs = data.usable(limit=recipe["limit"], ties="drop")
-    encoded = encode(pairs, backbone, preprocess, seed=0)
+    encoded, tally = _encoded(pairs, backbone, preprocess, recipe["limit"])
     backbone.drop_encoders()
     backbone.load_policy(recipe["adapter"])  # only now: with the encoders it might not fit
     judgements = []
@@ -73,13 +78,27 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, data: Source,
             out,
             stage="evaluate",
             recipe=recipe,
-            inputs={**data.inputs(), "adapter": recipe["adapter"]},
-            counts=pairs.tally.counts(),
-            dropped=pairs.tally.dropped,
+            inputs={
+                **(_cached.inputs(pairs) if isinstance(pairs, Cache) else pairs.inputs()),
+                "adapter": recipe["adapter"],
+            },
+            counts=tally.counts(),
+            dropped=tally.dropped,
             extra={"base": backbone.fingerprint()},
         )
     print(f"implicit accuracy {accuracy(judgements)}; by the base's error alone {base_accuracy(judgements)}")
     return out / SUMMARY_FILE
+
+
+def _encoded(
+    pairs: Source | Cache, model: Model, preprocess: PreprocessSpec, limit: int | None
+) -> tuple[Encoded, Tally]:
+    """The decided pairs as the model reads them, and the tally of the others."""
+    if isinstance(pairs, Cache):
+        _cached.refuse_another_base(pairs, model)
+        return pairs.choose(ties="drop", limit=limit)
+    groups = pairs.usable(limit=limit, ties="drop")
+    return encode(groups, model, preprocess, seed=0), groups.tally
 
 
 def base_accuracy(judgements: list[PairJudgement]) -> Interval:

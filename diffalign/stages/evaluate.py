@@ -24,6 +24,8 @@ Examples:
     diffalign evaluate base=base-scores aligned="{dpo: dpo-scores, mapo: mapo-scores}" out=report
     diffalign evaluate mode=implicit model=sdxl model.path=sdxl adapter=runs/dpo/adapter \\
         data=pickapic data.path=pickapic_v2/data data.split=validation_unique out=implicit
+    diffalign evaluate mode=implicit model=sdxl model.path=sdxl adapter=runs/dpo/adapter \\
+        cache=pickapic-heldout out=implicit
     diffalign evaluate mode=scorers scorers=[pickscore,hpsv2,imagereward] data=pickapic \\
         data.path=pickapic_v2/data data.split=test_unique out=agreement
 """
@@ -52,6 +54,7 @@ def evaluate(
     limit: int | None = None,
     model: Annotated[Any, One("models")] = None,
     data: Annotated[Any, One("data.sources")] = None,
+    cache: str | None = None,
     adapter: str | None = None,
     preprocess: PreprocessSpec = PreprocessSpec(),  # noqa: B008
     draws: int = 8,
@@ -81,8 +84,9 @@ def evaluate(
         limit: the first so many prompts (mode=images), pairs (mode=implicit) or records (mode=scorers) only.
         model: mode=implicit: the base.
         data: mode=implicit: preference pairs; ties are left out. mode=scorers: labelled pairs, ranked lists.
+        cache: mode=implicit: output folder of cache instead of data.
         adapter: mode=implicit: folder of the aligned LoRA or whole network.
-        preprocess: mode=implicit: how pictures are fitted to the network.
+        preprocess: mode=implicit: how pictures are fitted to the network; those of a cache are.
         draws: mode=implicit: fixed, stratified (timestep, noise) draws a pair.
         precision: mode=implicit: of the forward passes.
         tie_epsilon: mode=images: scores that differ by at most this are a tie.
@@ -113,18 +117,26 @@ def _images(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
 def _implicit(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
     """mode=implicit: returns the path of the summary."""
     from diffalign.stages import _implicit, _run
+    from diffalign.stages._cached import open_for
 
-    for name in ("model", "data", "adapter"):
+    if recipe["cache"] is not None and recipe["data"] is not None:
+        raise UserError("evaluate mode=implicit takes data= or cache=, both are set: leave one out")
+    for name in ("model", "adapter") if recipe["cache"] is not None else ("model", "data", "adapter"):
         if recipe[name] is None:
             raise UserError(
-                f"evaluate mode=implicit needs {name}: the base, the pairs and the aligned adapter"
+                f"evaluate mode=implicit needs {name}: the base, the pairs (data= or cache=) and the aligned "
+                "adapter"
             )
     out = Path(recipe["out"])
     _run.earlier_run(out, "evaluate")
     return _implicit.evaluate_implicit(
         recipe,
         model=make_one("models", plugins["model"]),
-        data=make_one("data.sources", plugins["data"]),
+        pairs=(
+            make_one("data.sources", plugins["data"])
+            if recipe["cache"] is None
+            else open_for(recipe["cache"], PreprocessSpec(**recipe["preprocess"]))
+        ),
         out=out,
     )
 
@@ -158,7 +170,7 @@ READ_BY = {
         *("base", "aligned", "scorers", "embedder", "run", "tie_epsilon"),
         *("grid_rows", "pictures", "batch_size", "device", "seed"),
     ),
-    "implicit": ("model", "data", "adapter", "preprocess", "draws", "precision"),
+    "implicit": ("model", "data", "cache", "adapter", "preprocess", "draws", "precision"),
     "scorers": ("data", "scorers", "batch_size", "device", "seed"),
 }
 """mode -> the keys that it reads."""

@@ -196,6 +196,14 @@ def test_soft_ties_are_for_pairs() -> None:
         UsableGroups([], unit="single", ties="soft")
 
 
+def test_a_cache_keeps_the_ties_of_pairs_among_groups_of_any_kind() -> None:
+    kept = UsableGroups(records(), unit="any", ties="soft", max_bad_share=0.5)
+    assert 0.5 in [group.target for group in kept]
+    dropped = UsableGroups(records(), unit="any", max_bad_share=0.5)
+    assert 0.5 not in [group.target for group in dropped]
+    assert dropped.tally.dropped["tie"]
+
+
 def test_lists_have_two_images_or_more_and_need_no_labels() -> None:
     pair, unlabelled, longer = (
         to_record(name, row(labels=labels))

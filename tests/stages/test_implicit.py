@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffalign import cli
+from diffalign.data.cache import open_cache
 from diffalign.models._parts import Parts
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sd import Plugin as SD
@@ -161,3 +163,85 @@ def test_a_policy_of_another_base_is_refused_before_anything_is_loaded(
 def test_missing_parts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", "mode=implicit", f"out={tmp_path / 'out'}"]) == 2
     assert "needs model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def cached(tiny_sdxl: str, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the same rows, the tie included."""
+    folder = tmp_path_factory.mktemp("cached") / "pairs"
+    words = ["cache", "model=sdxl", f"model.path={tiny_sdxl}", "data=pickapic", f"data.path={pairs}"]
+    assert cli.main([*words, "data.ties=soft", f"out={folder}"]) == 0
+    return folder
+
+
+def from_cache(arguments: list[str], cached: Path) -> list[str]:
+    return [*(word for word in arguments if not word.startswith("data")), f"cache={cached}"]
+
+
+def test_a_cache_gives_the_same_judgements_without_the_encoders(
+    tiny_sdxl: str,
+    fresh_adapter: Path,
+    pairs: Path,
+    cached: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(fresh_adapter, adapter)
+    (file,) = adapter.glob("*.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {n: t + 0.5 * torch.randn(t.shape, generator=generator) for n, t in load_file(file).items()}
+    save_file(moved, file, {"format": "pt"})
+    arguments = words(tiny_sdxl, adapter, pairs, tmp_path / "now")
+    assert cli.main(arguments) == 0
+    seen = loads(monkeypatch)
+    assert cli.main(from_cache([*arguments[:-1], f"out={tmp_path / 'kept'}"], cached)) == 0
+    assert {name for name, _ in seen} <= {"unet", "scheduler"}
+    assert sorted(open_cache(cached).choose()[0].targets) == [
+        0.0,
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+    ]  # training sees the tie
+    now, kept = (
+        [json.loads(line) for line in (tmp_path / name / "implicit.jsonl").read_text().splitlines()]
+        for name in ("now", "kept")
+    )
+    assert [row | {"margin": None} for row in kept] == [row | {"margin": None} for row in now]
+    assert [row["margin"] for row in kept] == pytest.approx([row["margin"] for row in now], abs=1e-5)  # fp16
+    assert all(abs(row["margin"]) > 1e-4 for row in now)
+    manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
+    assert manifest["counts"] == {"asked": 5, "used": 4, "dropped": {"tie": 1}}
+    made = json.loads((cached / "manifest.json").read_text())["cache"]["identity"]
+    assert made in json.dumps(manifest["inputs"]["cache"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["data=pickapic", "data.path={pairs}"], "data= or cache=, both are set"),
+        (["model=sd", "model.path={tiny_sd}"], "made with model=sdxl, this run has sd"),
+        (["preprocess.resolution=32"], "preprocess is that of the cache"),
+        (["cache=nowhere"], "cache=nowhere does not exist"),
+        (["limit=0"], "limit=0: use 1 or more"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused_in_one_line(
+    change: list[str],
+    said: str,
+    tiny_sd: str,
+    tiny_sdxl: str,
+    fresh_adapter: Path,
+    pairs: Path,
+    cached: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = from_cache(words(tiny_sdxl, fresh_adapter, pairs, tmp_path / "out"), cached)
+    new = [word.format(pairs=pairs, tiny_sd=tiny_sd) for word in change]
+    keys = {word.partition("=")[0] for word in new}
+    kept = [word for word in arguments if word.partition("=")[0] not in keys]
+    assert cli.main([*kept, *new]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
