@@ -79,7 +79,7 @@ def _read_trainable(files: LoraFiles, path: str, network: Any) -> LoraFile:
     if not files.is_of_network(file):
         raise UserError(
             f"adapter {path} also changes the text encoders: only {NOUNS[files.part]} adapters can be "
-            "trained on or judged; merge it into the base first"
+            "trained on, judged, or drawn with under encode_first; merge it into the base first"
         )
     return file
 

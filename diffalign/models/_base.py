@@ -170,6 +170,10 @@ class Model(Protocol):
         """Makes what a run saved at `path` the policy "train", and the base its reference."""
         ...
 
+    def check_adapter(self, path: str) -> None:
+        """Refuses, before anything large is loaded, an adapter that is none of the network alone."""
+        ...
+
     def load_adapter(self, path: str, *, weight: float = 1.0) -> None:
         """Adds an adapter for generation; several add up."""
         ...

@@ -103,13 +103,14 @@ class DrawingModel(Backbone):
             height: pixels, a multiple of `size_multiple`; None: the base's resolution.
             width: likewise.
             scheduler: class name of a diffusers scheduler; None: the base's own.
-            embedded: `embed_for_generation(prompts, negative_prompt)`, where the text encoders are already
-                gone.
+            embedded: `embed_for_generation(prompts, negative_prompt)`, wherever it is kept, where the text
+                encoders are already gone.
         """
         height, width = height or self.default_resolution, width or self.default_resolution
         if height % self.size_multiple or width % self.size_multiple:
             raise UserError(f"height={height}, width={width}: both must be multiples of {self.size_multiple}")
-        cond, negative = embedded or self.embed_for_generation(prompts, negative_prompt)
+        embedded = embedded or self.embed_for_generation(prompts, negative_prompt)
+        cond, negative = (each.to(self.device) for each in embedded)
         shape = (self.latent_channels, height // self.latent_scale, width // self.latent_scale)
         noise = torch.stack(
             [draws.normal(shape, "initial", *key) for key in zip(prompts, seeds, strict=True)]

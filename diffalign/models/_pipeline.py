@@ -214,7 +214,14 @@ class PipelineModel(TrainableModel, ExportableModel, DrawingModel):
         if (Path(path) / self.network_part).is_dir():
             self.check_network(self.parts.config(self.network_part, path), path)
         else:
-            _adapters.check(self.parts.blueprint(self.network_part), self.lora_files, AdapterSpec(init=path))
+            self.check_adapter(path)
+
+    def check_adapter(self, path: str) -> None:
+        """Refuses an adapter that is for another base or also changes the text encoders.
+
+        The network is not loaded.
+        """
+        _adapters.check(self.parts.blueprint(self.network_part), self.lora_files, AdapterSpec(init=path))
 
     def load_policy(self, path: str) -> None:
         """Makes what a run saved at `path` (a LoRA, or a whole network) the policy "train".

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from diffalign.common import plugins
 from diffalign.common.config import load_recipe
 from diffalign.common.errors import UserError
 from diffalign.common.files import read_jsonl
 from diffalign.common.manifest import read_manifest
+from diffalign.models._parts import Parts
+from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import SDXL, Plugin
 from diffalign.stages.generate import AdapterUse, generate
 
@@ -28,10 +33,6 @@ def model(tmp_path_factory) -> Plugin:
 @pytest.fixture(scope="module")
 def adapter(model, tmp_path_factory) -> Path:
     """A LoRA whose second factor is not zero, so that it changes pictures."""
-    import torch
-
-    from diffalign.models._spec import AdapterSpec
-
     folder = tmp_path_factory.mktemp("adapter") / "lora"
     loaded = model.load()
     loaded.start_training(AdapterSpec(rank=2), seed=0, with_reference=False)
@@ -244,3 +245,51 @@ def test_the_signature_is_a_recipe(model):
     )
     with pytest.raises(UserError, match="generate needs"):
         load_recipe(generate, None, words[1:])
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
+def test_prompts_embedded_first_give_the_same_pictures(name, tmp_path, monkeypatch):
+    """The network is loaded when the text encoders are gone, and not before."""
+    base = plugins.get("models", name).tiny(tmp_path / "base")
+    made = base.load()
+    made.start_training(AdapterSpec(rank=2), seed=0, with_reference=False)
+    made.load_trained_state({n: torch.full_like(t, 0.3) for n, t in made.trained_state().items()})
+    made.save_adapter(str(tmp_path / "lora"))
+    asked = {
+        "model": base,
+        "prompts": ["a cat", "a dog", "a hen"],
+        "seeds": [0, 5],
+        "adapter": str(tmp_path / "lora"),
+        "guidance_scale": 3.0,
+    }
+    generate(**asked, out=str(tmp_path / "usual"), **FAST)
+    seen = []
+    load = Parts._load
+
+    def noting(parts, name, source):
+        seen.append((name, set(parts._loaded)))
+        return load(parts, name, source)
+
+    monkeypatch.setattr(Parts, "_load", noting)
+    generate(**asked, out=str(tmp_path / "first"), encode_first=True, **FAST)
+    usual, first = pixels(tmp_path / "usual"), pixels(tmp_path / "first")
+    assert len(first) == 6 and all((first[name] == picture).all() for name, picture in usual.items())
+    (beside,) = [others for part, others in seen if part == base.network_part]
+    assert not any(part.startswith("text_encoder") for part in beside)
+    assert any(part.startswith("text_encoder") for part, _ in seen)
+    (tmp_path / "first" / "images" / "prompt-00002-s0.png").unlink()  # goes on, the other way
+    generate(**asked, out=str(tmp_path / "first"), **FAST)
+    assert all((picture == usual[name]).all() for name, picture in pixels(tmp_path / "first").items())
+
+
+def test_an_adapter_of_the_text_encoders_is_not_embedded_first(model, adapter, tmp_path):
+    (file,) = adapter.glob("*.safetensors")
+    state = load_file(file)
+    for factor, shape in (("A", (2, 32)), ("B", (32, 2))):
+        key = f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{factor}.weight"
+        state[key] = torch.ones(shape)
+    save_file(state, tmp_path / "both.safetensors", {"format": "pt"})
+    asked = {"model": model, "prompts": "a cat", "adapter": str(tmp_path / "both.safetensors")}
+    with pytest.raises(UserError, match="also changes the text encoders"):
+        generate(**asked, out=str(tmp_path / "out"), encode_first=True, **FAST)
+    assert not (tmp_path / "out").exists()
