@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,19 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> str:
     from diffalign.models.sdxl import Plugin
 
     return Plugin.tiny(tmp_path_factory.mktemp("tiny") / "sdxl").path
+
+
+@pytest.fixture
+def part_loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, set[str]]]:
+    """Each part of a base that is loaded, with those that are in memory then; `clear()` for a fresh start."""
+    from diffalign.models._parts import Parts
+
+    seen: list[tuple[str, set[str]]] = []
+    load = Parts._load
+
+    def noting(parts: Parts, name: str, source: Any) -> Any:
+        seen.append((name, set(parts._loaded)))
+        return load(parts, name, source)
+
+    monkeypatch.setattr(Parts, "_load", noting)
+    return seen

@@ -17,7 +17,6 @@ from diffalign.common.config import load_recipe
 from diffalign.common.errors import UserError
 from diffalign.common.files import read_jsonl
 from diffalign.common.manifest import read_manifest
-from diffalign.models._parts import Parts
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sdxl import SDXL, Plugin
 from diffalign.stages.generate import AdapterUse, generate
@@ -248,7 +247,7 @@ def test_the_signature_is_a_recipe(model):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
-def test_prompts_embedded_first_give_the_same_pictures(name, tmp_path, monkeypatch):
+def test_prompts_embedded_first_give_the_same_pictures(name, tmp_path, part_loads):
     """The network is loaded when the text encoders are gone, and not before."""
     base = plugins.get("models", name).tiny(tmp_path / "base")
     made = base.load()
@@ -263,20 +262,13 @@ def test_prompts_embedded_first_give_the_same_pictures(name, tmp_path, monkeypat
         "guidance_scale": 3.0,
     }
     generate(**asked, out=str(tmp_path / "usual"), **FAST)
-    seen = []
-    load = Parts._load
-
-    def noting(parts, name, source):
-        seen.append((name, set(parts._loaded)))
-        return load(parts, name, source)
-
-    monkeypatch.setattr(Parts, "_load", noting)
+    part_loads.clear()
     generate(**asked, out=str(tmp_path / "first"), encode_first=True, **FAST)
     usual, first = pixels(tmp_path / "usual"), pixels(tmp_path / "first")
     assert len(first) == 6 and all((first[name] == picture).all() for name, picture in usual.items())
-    (beside,) = [others for part, others in seen if part == base.network_part]
+    (beside,) = [others for part, others in part_loads if part == base.network_part]
     assert not any(part.startswith("text_encoder") for part in beside)
-    assert any(part.startswith("text_encoder") for part, _ in seen)
+    assert any(part.startswith("text_encoder") for part, _ in part_loads)
     (tmp_path / "first" / "images" / "prompt-00002-s0.png").unlink()  # goes on, the other way
     generate(**asked, out=str(tmp_path / "first"), **FAST)
     assert all((picture == usual[name]).all() for name, picture in pixels(tmp_path / "first").items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from diffalign import cli
 from diffalign.data.cache import open_cache
-from diffalign.models._parts import Parts
 from diffalign.models._spec import AdapterSpec
 from diffalign.models.sd import Plugin as SD
 from diffalign.models.sdxl import Plugin as SDXL
 from tests.pickapic_files import jpeg, row, write
+
+Loads = list[tuple[str, set[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -114,27 +115,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, set[str]]]:
-    """From now on each part that is loaded, with those that are in memory then."""
-    seen: list[tuple[str, set[str]]] = []
-    load = Parts._load
-
-    def noting(parts: Parts, name: str, source: Any) -> Any:
-        seen.append((name, set(parts._loaded)))
-        return load(parts, name, source)
-
-    monkeypatch.setattr(Parts, "_load", noting)
-    return seen
-
-
 def test_the_network_comes_when_the_encoders_are_gone(
-    tiny_sdxl: str, fresh_adapter: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sdxl: str, fresh_adapter: Path, pairs: Path, tmp_path: Path, part_loads: Loads
 ) -> None:
-    seen = loads(monkeypatch)
     assert cli.main(words(tiny_sdxl, fresh_adapter, pairs, tmp_path / "out")) == 0
-    (beside,) = [others for name, others in seen if name == "unet"]
+    (beside,) = [others for name, others in part_loads if name == "unet"]
     assert not beside & {"vae", "text_encoder", "text_encoder_2"}
-    assert {"vae", "text_encoder", "text_encoder_2"} <= {name for name, _ in seen}
+    assert {"vae", "text_encoder", "text_encoder_2"} <= {name for name, _ in part_loads}
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -144,7 +131,7 @@ def test_a_policy_of_another_base_is_refused_before_anything_is_loaded(
     tiny_sdxl: str,
     pairs: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    part_loads: Loads,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = SD(path=tiny_sd).load()
@@ -153,9 +140,9 @@ def test_a_policy_of_another_base_is_refused_before_anything_is_loaded(
     for path in tmp_path.glob("*.safetensors"):  # the layers of both tiny networks are alike but for this
         wider = {n: torch.cat([t, t], 1) if "lora_A" in n else t for n, t in load_file(path).items()}
         save_file(wider, path, {"format": "pt"})
-    seen = loads(monkeypatch)
+    part_loads.clear()
     assert cli.main(words(tiny_sdxl, tmp_path, pairs, tmp_path / "out")) == 2
-    assert not seen and not (tmp_path / "out").exists()
+    assert not part_loads and not (tmp_path / "out").exists()
     said = {"lora": "is for another architecture", "full": f"the UNet of {tmp_path}"}
     assert said[kind] in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -184,7 +171,7 @@ def test_a_cache_gives_the_same_judgements_without_the_encoders(
     pairs: Path,
     cached: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    part_loads: Loads,
 ) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(fresh_adapter, adapter)
@@ -194,9 +181,9 @@ def test_a_cache_gives_the_same_judgements_without_the_encoders(
     save_file(moved, file, {"format": "pt"})
     arguments = words(tiny_sdxl, adapter, pairs, tmp_path / "now")
     assert cli.main(arguments) == 0
-    seen = loads(monkeypatch)
+    part_loads.clear()
     assert cli.main(from_cache([*arguments[:-1], f"out={tmp_path / 'kept'}"], cached)) == 0
-    assert {name for name, _ in seen} <= {"unet", "scheduler"}
+    assert {name for name, _ in part_loads} <= {"unet", "scheduler"}
     assert sorted(open_cache(cached).choose()[0].targets) == [
         0.0,
         0.0,
