@@ -110,7 +110,7 @@ def generate(
         scheduler: class name of a diffusers scheduler; null: the base's own.
         batch_size: pictures drawn at a time; a process takes whole batches.
         encode_first: embed all prompts, free the text encoders, and only then load the network: less memory
-            on the GPU (10 GB with the T5 of SD3.5 and FLUX.1), a few MB a prompt more beside it.
+            on the GPU (10 GB with the T5 of SD3.5 and FLUX.1), for a few MB of main memory a prompt.
         device: auto | cpu | cuda | cuda:1 ...
 
     Raises:
