@@ -54,10 +54,9 @@ class Painter:
             self.model.load_adapter(use.path, weight=use.weight)
 
     def __call__(self, texts: list[str], seeds: list[int]) -> list[Any]:
-        """One PIL image a text and seed."""
-        known = self._embedded.get(tuple(texts))
-        if known is None:
+        """One PIL image a text and seed, of a batch that `prepare` was told of."""
+        if not self._encode_first:
             return self.model.generate(texts, seeds, **self.settings)
-        cond, negative = known
+        cond, negative = self._embedded[tuple(texts)]
         embedded = cond, negative.rows([0] * len(texts))
         return self.model.generate(texts, seeds, **self.settings, embedded=embedded)
