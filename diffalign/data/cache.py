@@ -149,6 +149,10 @@ class Cache:
         content = json.loads(os.pread(self.records, int(ends[row]) - start, start))
         return Record.from_dict(content, self.folder, f"{self.folder}:{row}")
 
+    def inputs(self) -> dict[str, Path | str]:
+        """What a manifest records as input, as of a data source: what the cache was made of."""
+        return {"cache": f"cache {self.facts['identity']}"}
+
     def told(self, row: int) -> dict[str, Tensor]:
         """What the network is told of sizes, one row by name."""
         return {name: table[row : row + 1] for name, table in self.sizes.items()}

@@ -72,8 +72,8 @@ TINY_SD3 = {
 times, two training seeds: win rate and accuracy at beta 50 0.586 and 0.515, at 100 0.578 and 0.513, at 25
 0.585 and 0.517; one seed at 300, from timestep 600 on, 0.554 and 0.480. Without the safeguard (beta 100, one
 seed) 0.588 and 0.510, but the winners' error rose from 0.15 by 0.09, which `check run=` finds; with it by
-0.01. No better: 32 pairs a step, a falling rate, pairs two clauses or more apart, adapters on more layers.
-sft has dpo's rate.
+0.01, at beta 50 by 0.01 to 0.02, about the tenth from which it does. No better: 32 pairs a step, a falling
+rate, pairs two clauses or more apart, adapters on more layers. sft has dpo's rate.
 """
 
 METHODS = {"tiny-sdxl": TINY_SDXL, "tiny-sd3": TINY_SD3}

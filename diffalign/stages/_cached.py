@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign.common.errors import UserError
@@ -25,11 +24,6 @@ def open_for(folder: str, preprocess: PreprocessSpec) -> Cache:
     if preprocess.decides() not in (PreprocessSpec().decides(), theirs.decides()):
         raise UserError("preprocess is that of the cache: leave it out, or make another cache with it")
     return cache
-
-
-def inputs(cache: Cache) -> dict[str, Path | str]:
-    """What a manifest names as input: the cache, by what it was made of."""
-    return {"cache": f"cache {cache.facts['identity']}"}
 
 
 def refuse_another_base(cache: Cache, model: Model) -> None:

@@ -113,9 +113,7 @@ class CachedPictures:
 
     def inputs(self) -> dict[str, Path | str]:
         """The cache, by what it was made of."""
-        from diffalign.stages import _cached
-
-        return _cached.inputs(self._cache)
+        return self._cache.inputs()
 
     def prepare(self, model: Model, accelerator: Accelerator) -> tuple[Feed, Encoded | None]:
         """Chooses the groups and splits off the held-out pairs; encodes nothing."""

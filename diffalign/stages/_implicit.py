@@ -37,11 +37,7 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, pairs: Source
     Raises:
         UserError: no adapter, an adapter or a cache for another base, no decided pair.
     """
-    num_draws = recipe["draws"]
-    if num_draws < 1:
-        raise UserError(f"draws={num_draws}: use 1 or more (8 by default)")
-    if recipe["limit"] is not None and recipe["limit"] < 1:
-        raise UserError(f"limit={recipe['limit']}: use 1 or more, or leave it out")
+    _check(recipe)
     preprocess = PreprocessSpec(**recipe["preprocess"])
     accelerator = accelerator_for(recipe["precision"])
     backbone = model.load(str(accelerator.device))
@@ -54,7 +50,7 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, pairs: Source
         for judgement in judge(
             backbone.denoiser,
             encoded,
-            num_draws=num_draws,
+            num_draws=recipe["draws"],
             batch_size=preprocess.batch_size,
             device=accelerator.device,
             context=accelerator.autocast,
@@ -67,7 +63,7 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, pairs: Source
     summary = {
         "mode": "implicit",
         "pairs": len(judgements),
-        "draws": num_draws,
+        "draws": recipe["draws"],
         "accuracy": accuracy(judgements).as_dict(),
         "base_error_accuracy": base_accuracy(judgements).as_dict(),
     }
@@ -78,16 +74,21 @@ def evaluate_implicit(recipe: dict[str, Any], *, model: ModelSpec, pairs: Source
             out,
             stage="evaluate",
             recipe=recipe,
-            inputs={
-                **(_cached.inputs(pairs) if isinstance(pairs, Cache) else pairs.inputs()),
-                "adapter": recipe["adapter"],
-            },
+            inputs={**pairs.inputs(), "adapter": recipe["adapter"]},
             counts=tally.counts(),
             dropped=tally.dropped,
             extra={"base": backbone.fingerprint()},
         )
     print(f"implicit accuracy {accuracy(judgements)}; by the base's error alone {base_accuracy(judgements)}")
     return out / SUMMARY_FILE
+
+
+def _check(recipe: dict[str, Any]) -> None:
+    """Refuses numbers of draws and pairs that nothing can be judged with."""
+    if recipe["draws"] < 1:
+        raise UserError(f"draws={recipe['draws']}: use 1 or more (8 by default)")
+    if recipe["limit"] is not None and recipe["limit"] < 1:
+        raise UserError(f"limit={recipe['limit']}: use 1 or more, or leave it out")
 
 
 def _encoded(

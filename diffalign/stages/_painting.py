@@ -42,7 +42,7 @@ class Painter:
         """Takes the prompts of every batch that will be drawn."""
         if not self._encode_first:
             return
-        wanted = list(dict.fromkeys(map(tuple, batches)))
+        wanted = list(dict.fromkeys(map(tuple, batches)))  # prompts with several seeds come again
         with Progress("encode", len(wanted), "batches of prompts") as bar:
             for texts in wanted:
                 embedded = self.model.embed_for_generation(list(texts), self.settings["negative_prompt"])

@@ -119,9 +119,10 @@ def _implicit(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
     from diffalign.stages import _implicit, _run
     from diffalign.stages._cached import open_for
 
-    if recipe["cache"] is not None and recipe["data"] is not None:
+    from_cache = recipe["cache"] is not None
+    if from_cache and recipe["data"] is not None:
         raise UserError("evaluate mode=implicit takes data= or cache=, both are set: leave one out")
-    for name in ("model", "adapter") if recipe["cache"] is not None else ("model", "data", "adapter"):
+    for name in ("model", "cache" if from_cache else "data", "adapter"):
         if recipe[name] is None:
             raise UserError(
                 f"evaluate mode=implicit needs {name}: the base, the pairs (data= or cache=) and the aligned "
@@ -129,16 +130,12 @@ def _implicit(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:
             )
     out = Path(recipe["out"])
     _run.earlier_run(out, "evaluate")
-    return _implicit.evaluate_implicit(
-        recipe,
-        model=make_one("models", plugins["model"]),
-        pairs=(
-            make_one("data.sources", plugins["data"])
-            if recipe["cache"] is None
-            else open_for(recipe["cache"], PreprocessSpec(**recipe["preprocess"]))
-        ),
-        out=out,
-    )
+    model = make_one("models", plugins["model"])
+    if from_cache:
+        pairs = open_for(recipe["cache"], PreprocessSpec(**recipe["preprocess"]))
+    else:
+        pairs = make_one("data.sources", plugins["data"])
+    return _implicit.evaluate_implicit(recipe, model=model, pairs=pairs, out=out)
 
 
 def _scorers(recipe: dict[str, Any], plugins: dict[str, Any]) -> Path:

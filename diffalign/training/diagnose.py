@@ -277,7 +277,7 @@ PATTERNS = (
         "winner error rises",
         "`err_w_vs_ref` rises with `err_l_vs_ref`, beyond about a tenth of `err_w`",
         "both likelihoods fall; only the gap improves (pictures drift to noise)",
-        "`objective.safeguard=0.6`, lower `optimizer.lr`, fewer steps; look at `samples/` (with "
+        "`objective.safeguard=0.6`, then 0.9; lower `optimizer.lr`, fewer steps; look at `samples/` (with "
         "`samples.prompts` set)",
         ("objective.safeguard", "optimizer.lr", "num_steps"),
         "an objective with pairs and a reference",
